@@ -1,0 +1,3 @@
+from memjax.cli import entry
+
+entry()

@@ -1,0 +1,145 @@
+"""Softmax attention, full or in a sliding window, with grouped heads and a bounded cache."""
+
+import dataclasses
+from typing import ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from memjax.config import check, check_at_least
+from memjax.layers import (
+    Linear,
+    Position,
+    Rotary,
+    apply_position,
+    check_heads,
+    document_ids,
+    positions,
+)
+from memjax.mixers.base import (
+    MemoryReport,
+    MixerConfig,
+    SequenceMixer,
+    projection_flops,
+    state_bytes,
+)
+from pallas_kernels import attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention(MixerConfig):
+    """A query sees itself and the reach - 1 tokens before it, in its document.
+
+    window: reach of a sliding window; None for full attention, whose reach is `context`.
+    context: reach of full attention, which bounds its cache. Documents up to this length are
+        attended in full; of longer ones the oldest keys are dropped, in every segment alike.
+    heads, kv_heads: query heads, and key/value heads shared by groups of them (None: as many).
+    head_size: None is d_model / heads.
+    """
+
+    kind: ClassVar[str] = "attention"
+    heads: int = 4
+    kv_heads: int | None = None
+    head_size: int | None = None
+    window: int | None = None
+    context: int = 1024
+    position: Position = Rotary()
+    impl: Literal["auto", "reference", "xla", "tpu", "gpu"] = "auto"
+
+    def __post_init__(self):
+        check_at_least(self, 1, "heads", "kv_heads", "head_size", "window", "context")
+        groups = self.kv_heads or self.heads
+        check(self, "kv_heads", self.heads % groups == 0, f"must divide heads={self.heads}")
+
+    def check_width(self, d_model: int) -> None:
+        if self.head_size is None:
+            check_heads(self, d_model)
+        size = self.head_size or d_model // self.heads
+        if isinstance(self.position, Rotary):
+            field = "head_size" if self.head_size else "heads"
+            check(self, field, size % 2 == 0, f"gives head size {size}, but rotary needs an even one")
+
+
+class AttentionState(NamedTuple):
+    """Keys (with their positions worked in) and values of the last reach - 1 tokens.
+
+    valid: whether a slot holds a token of the document that goes on. position: of the next token.
+    """
+
+    k_BMGK: Float[Array, "B M G K"]
+    v_BMGK: Float[Array, "B M G K"]
+    valid_BM: Bool[Array, "B M"]
+    position_B: Int[Array, "B"]
+
+
+class AttentionMixer(SequenceMixer):
+    """y_t = W_o sum_j softmax_j(q_t . k_j / sqrt(K)) v_j over 0 <= t - j < reach, same document.
+
+    State: M = reach - 1 cached keys and values, float32, so 2 M G K floats a sequence.
+    Errors: FieldError if the heads do not fit the width.
+    Source: arXiv:1706.03762; grouped heads arXiv:2305.13245; rotary arXiv:2104.09864.
+    """
+
+    def __init__(self, config: Attention, d_model: int, *, rngs: nnx.Rngs):
+        config.check_width(d_model)
+        self.config = config
+        self.groups = config.kv_heads or config.heads
+        self.size = config.head_size or d_model // config.heads
+        self.reach = config.window or config.context
+        wide, narrow = config.heads * self.size, self.groups * self.size
+        self.query = Linear(d_model, wide, rngs=rngs, axes=("heads", "embed"))
+        self.key = Linear(d_model, narrow, rngs=rngs, axes=("heads", "embed"))
+        self.value = Linear(d_model, narrow, rngs=rngs, axes=("heads", "embed"))
+        self.out = Linear(wide, d_model, rngs=rngs, axes=("embed", "heads"))
+
+    def init_state(self, batch: int) -> AttentionState:
+        cache = jnp.zeros((batch, self.reach - 1, self.groups, self.size), jnp.float32)
+        valid_BM = jnp.zeros((batch, self.reach - 1), bool)
+        return AttentionState(cache, cache, valid_BM, jnp.zeros((batch,), jnp.int32))
+
+    def __call__(
+        self,
+        state: AttentionState,
+        x_BTD: Float[Array, "B T D"],
+        reset_BT: Bool[Array, "B T"],
+    ) -> tuple[AttentionState, Float[Array, "B T D"]]:
+        def heads(x_BTD: jax.Array) -> jax.Array:
+            return x_BTD.reshape(*x_BTD.shape[:2], -1, self.size)
+
+        position_BT = positions(state.position_B, reset_BT)
+        q_BTHK = apply_position(self.config.position, heads(self.query(x_BTD)), position_BT)
+        k_BTGK = apply_position(self.config.position, heads(self.key(x_BTD)), position_BT)
+        k_BJGK = jnp.concatenate([state.k_BMGK.astype(x_BTD.dtype), k_BTGK], 1)
+        v_BJGK = jnp.concatenate([state.v_BMGK.astype(x_BTD.dtype), heads(self.value(x_BTD))], 1)
+        id_BT = document_ids(reset_BT)
+        id_BJ = jnp.concatenate([jnp.where(state.valid_BM, 0, -1), id_BT], 1)
+        y_BTHK = attention(
+            q_BTHK,
+            k_BJGK,
+            v_BJGK,
+            window=self.reach,
+            segment_ids=(id_BT, id_BJ),
+            impl=self.config.impl,
+        )
+        state = self._next_state(k_BJGK, v_BJGK, id_BJ, position_BT)
+        return state, self.out(y_BTHK.reshape(*x_BTD.shape[:2], -1))
+
+    def _next_state(self, k_BJGK, v_BJGK, id_BJ, position_BT) -> AttentionState:
+        keep = slice(k_BJGK.shape[1] - (self.reach - 1), None)
+        valid_BM = id_BJ[:, keep] == id_BJ[:, -1:]
+        k_BMGK, v_BMGK = (
+            jnp.where(valid_BM[..., None, None], a[:, keep], 0).astype(jnp.float32)
+            for a in (k_BJGK, v_BJGK)
+        )
+        return AttentionState(k_BMGK, v_BMGK, valid_BM, position_BT[:, -1] + 1)
+
+    def memory_report(
+        self, segment: int = 1024, state: AttentionState | None = None
+    ) -> MemoryReport:
+        reach = min(self.reach, segment)
+        seen = (reach * (reach + 1) / 2 + (segment - reach) * reach) / segment
+        flops = projection_flops(self) + 4.0 * seen * self.config.heads * self.size
+        telemetry = {} if state is None else {"slot_use": state.valid_BM.mean()}
+        return MemoryReport(state_bytes(self), flops, telemetry)

@@ -1,0 +1,74 @@
+"""The contract that every sequence mixer obeys.
+
+    state, y_BTD = mixer(state, x_BTD, reset_BT)
+    state = mixer.init_state(batch)
+
+State comes first, so a mixer is the body of a `jax.lax.scan` over segments. A state is a
+`NamedTuple` of arrays of fixed shape with lanes on axis 0. `reset_BT` true restores `init_state`
+before that token. One step of generation is a segment of one token: there is no other mode.
+The laws (any split equals the whole, causality, isolated documents, ...) are in
+`tests/test_mixer_laws.py` and run on every entry of `memjax.mixers.MIXERS`.
+"""
+
+import dataclasses
+import math
+from abc import abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+from flax import nnx
+
+State = Any
+"""A NamedTuple of arrays (or a nest of them), lanes on axis 0."""
+
+
+class MemoryReport(NamedTuple):
+    """What a mixer costs and, where it can tell, what its memory holds.
+
+    state_bytes: bytes of carried state a sequence.
+    flops_per_token: forward floating-point operations a token, in a segment started from the
+        initial state, averaged over its tokens; a multiply-add counts two.
+    telemetry: named scalars of the state given, if one was.
+    """
+
+    state_bytes: int
+    flops_per_token: float
+    telemetry: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """Base of the configs of mixers; `kind` is the key in `MIXERS`."""
+
+    kind: ClassVar[str]
+
+    def check_width(self, d_model: int) -> None:
+        """Raise a FieldError if the mixer cannot have this width."""
+
+
+class SequenceMixer(nnx.Module):
+    """A token mixer with explicit state."""
+
+    @abstractmethod
+    def init_state(self, batch: int) -> State:
+        """The state before the first token of a document, for `batch` lanes."""
+
+    @abstractmethod
+    def __call__(self, state: State, x_BTD: jax.Array, reset_BT: jax.Array):
+        """Mix a segment: returns the state after it and y_BTD."""
+
+    @abstractmethod
+    def memory_report(self, segment: int = 1024, state: State | None = None) -> MemoryReport:
+        """Cost for segments of `segment` tokens, and telemetry of `state`."""
+
+
+def state_bytes(mixer: SequenceMixer) -> int:
+    """Bytes of state a sequence, from the shapes that `init_state` really makes."""
+    state = jax.eval_shape(lambda: mixer.init_state(1))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def projection_flops(module: nnx.Module) -> float:
+    """Two operations a token for each weight of a matrix in `module`."""
+    params = nnx.state(module, nnx.Param)
+    return 2.0 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params) if leaf.ndim == 2)

@@ -1,0 +1,69 @@
+"""Checks of arguments, made while tracing. Each raises ValueError with one line: argument, value, rule."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def check_axes(op: str, arrays: Mapping[str, tuple[jax.Array | None, Sequence[str]]]) -> None:
+    """Each array has the named axes, and an axis has one size wherever it occurs. None is skipped."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, (array, axes) in arrays.items():
+        if array is None:
+            continue
+        want = "[" + ", ".join(axes) + "]"
+        if array.ndim != len(axes):
+            raise ValueError(f"{op}: {name} has shape {array.shape}; it must be {want}")
+        for axis, size in zip(axes, array.shape, strict=True):
+            known, source = sizes.setdefault(axis, (size, name))
+            if known != size:
+                raise ValueError(
+                    f"{op}: {name} has shape {array.shape}, {want}; its {axis} is {size} but that of {source} is {known}"
+                )
+
+
+def check_floating(op: str, **arrays: jax.Array | None) -> None:
+    """Arrays hold floating point numbers."""
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{op}: {name} has dtype {array.dtype}; it must be floating point")
+
+
+def check_integer(op: str, **arrays: jax.Array | None) -> None:
+    """Arrays hold integers."""
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{op}: {name} has dtype {array.dtype}; it must be integer")
+
+
+def check_at_least_one(op: str, **values: int | None) -> None:
+    """Settings are Python integers from 1."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{op}: {name}={value!r} must be an integer of at least 1")
+
+
+def check_tokens(op: str, tokens: int) -> None:
+    """A segment holds at least one token."""
+    if tokens < 1:
+        raise ValueError(f"{op}: the segment has T=0 tokens; it must have at least 1")
+
+
+def check_reset(op: str, reset: jax.Array | None) -> None:
+    """`reset` is boolean."""
+    if reset is not None and reset.dtype != jnp.bool_:
+        raise ValueError(f"{op}: reset has dtype {reset.dtype}; it must be bool")
+
+
+def check_log_decay(op: str, log_decay: jax.Array | None) -> None:
+    """`log_decay` is at most 0. Values of a traced array are not known and not checked."""
+    if log_decay is None or isinstance(log_decay, jax.core.Tracer):
+        return
+    largest = float(jnp.max(log_decay))
+    if not largest <= 0:
+        raise ValueError(
+            f"{op}: log_decay has a value of {largest:g}; it must be at most 0 (the logarithm of a decay in (0, 1])"
+        )

@@ -1,0 +1,206 @@
+"""The laws of the contract, on every mixer of the registry.
+
+Tolerance: float32 sums in another order differ by a few units in the last place of values of
+order one; 2e-5 leaves room for the products of two of them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CONFIGS, WIDTH, busy_state, mixer_of, segment
+from flax import nnx
+from oracles.mixers import ORACLES
+
+from memjax.mixers import MIXERS
+
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+LENGTH = 37
+RESETS = [(0, 5), (0, 6), (1, 0), (1, 21), (2, 36)]
+
+
+@jax.jit
+def apply(mixer, state, x_BTD, reset_BT):
+    return mixer(state, x_BTD, reset_BT)
+
+
+def assert_close(got, want, **tolerance):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, **(tolerance or CLOSE))
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def mixer(request):
+    return mixer_of(request.param)
+
+
+def floats(state):
+    return [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+@pytest.mark.parametrize("split", [(5, 16, 16), (16, 5, 16), (1,) * 5 + (16, 16), (16, 16) + (1,) * 5])
+def test_any_split_equals_whole(mixer, split):
+    x, reset = segment(LENGTH, resets=RESETS)
+    start = busy_state(mixer)
+    want_state, want = apply(mixer, start, x, reset)
+    state, parts, at = start, [], 0
+    for length in split:
+        state, y = apply(mixer, state, x[:, at : at + length], reset[:, at : at + length])
+        parts.append(y)
+        at += length
+    assert_close(jnp.concatenate(parts, 1), want)
+    assert_close(state, want_state)
+
+
+def test_mixer_is_the_body_of_a_scan_over_segments(mixer):
+    x, reset = segment(32, resets=[(0, 5), (1, 16)])
+    pieces = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(3, 2, 16, *a.shape[2:]), 1, 0), (x, reset))
+    state, y = jax.lax.scan(lambda s, xs: mixer(s, *xs), mixer.init_state(3), pieces)
+    want_state, want = apply(mixer, mixer.init_state(3), x, reset)
+    assert_close(jnp.moveaxis(y, 0, 1).reshape(want.shape), want)
+    assert_close(state, want_state)
+
+
+def test_outputs_do_not_depend_on_later_tokens(mixer):
+    x, reset = segment(LENGTH)
+    start = busy_state(mixer)
+    for t in (1, 20, 36):
+        _, changed = apply(mixer, start, x.at[:, t:].add(3.0), reset)
+        _, whole = apply(mixer, start, x, reset)
+        np.testing.assert_allclose(changed[:, :t], whole[:, :t], rtol=1e-6, atol=1e-6)
+        assert jnp.abs(changed[:, t:] - whole[:, t:]).max() > 1e-3
+    gradient = jax.grad(lambda x: (mixer(start, x, reset)[1][:, :20] ** 2).sum())(x)
+    assert jnp.abs(gradient[:, 20:]).max() == 0
+    assert jnp.abs(gradient[:, :20]).max() > 0
+
+
+def test_nothing_crosses_a_reset(mixer):
+    x, reset = segment(LENGTH, resets=[(0, 9), (1, 9), (2, 9)])
+    start = busy_state(mixer)
+    state, y = apply(mixer, start, x, reset)
+    want_state, want = apply(mixer, mixer.init_state(3), x[:, 9:], reset[:, 9:].at[:].set(False))
+    assert_close(y[:, 9:], want)
+    assert_close(state, want_state)
+
+    def after(start, x):
+        state, y = mixer(start, x, reset)
+        return (y[:, 9:] ** 2).sum() + sum((leaf**2).sum() for leaf in floats(state))
+
+    from_state, from_x = jax.grad(after, (0, 1), allow_int=True)(start, x)
+    assert max(float(jnp.abs(leaf).max(initial=0)) for leaf in floats(from_state)) == 0
+    assert jnp.abs(from_x[:, :9]).max() == 0
+    assert jnp.abs(from_x[:, 9:]).max() > 0
+
+
+def test_gradient_reaches_the_state_before_the_segment(mixer):
+    x, reset = segment(5)
+    start = busy_state(mixer)
+    if not floats(start) or all(leaf.size == 0 for leaf in floats(start)):
+        assert mixer.reach == 1  # a window of one token has nothing to remember
+        return
+    loss = lambda start: (mixer(start, x, reset)[1] ** 2).sum()  # noqa: E731
+    gradient = jax.grad(loss, allow_int=True)(start)
+    for leaf in floats(gradient):
+        assert jnp.isfinite(leaf).all()
+        assert leaf.size == 0 or jnp.abs(leaf).max() > 0
+
+
+def test_lanes_are_independent(mixer):
+    x, reset = segment(16, resets=[(0, 5), (1, 0)])
+    start = busy_state(mixer)
+    state, y = apply(mixer, start, x, reset)
+    order = jnp.array([2, 0, 1])
+    swapped = jax.tree.map(lambda a: a[order], (start, x, reset))
+    assert_close(apply(mixer, *swapped), jax.tree.map(lambda a: a[order], (state, y)))
+    _, other = apply(mixer, start, x.at[0].add(5.0), reset.at[0].set(True))
+    np.testing.assert_allclose(other[1:], y[1:], rtol=1e-6, atol=1e-6)
+
+
+def test_padding_at_the_end_changes_no_real_output(mixer):
+    x, reset = segment(16)
+    _, y = apply(mixer, mixer.init_state(3), x, reset)
+    _, padded = apply(mixer, mixer.init_state(3), x.at[:, 11:].set(0.0), reset)
+    np.testing.assert_allclose(padded[:, :11], y[:, :11], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mixer_equals_the_token_loop_of_its_paper(name):
+    mixer = mixer_of(name)
+    x, reset = segment(23, resets=[(0, 5), (0, 6), (1, 0), (2, 22)])
+    params = nnx.to_pure_dict(nnx.state(mixer, nnx.Param))
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    oracle = ORACLES[CONFIGS[name].kind]
+    want = oracle(params, CONFIGS[name], np.asarray(x, np.float64), np.asarray(reset))
+    _, y = apply(mixer, mixer.init_state(3), x, reset)
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_speed_settings_do_not_change_the_mathematics(name):
+    config = CONFIGS[name]
+    fields = {f.name for f in dataclasses.fields(config)}
+    others = [dict(impl="reference")] if "impl" in fields else []
+    others += [dict(chunk=5), dict(chunk=128)] if "chunk" in fields else []
+    others += [dict(unroll=1)] if "unroll" in fields else []
+    assert others, "a mixer without a speed setting needs no chunked form: list it here"
+    mixer = mixer_of(name)
+    x, reset = segment(LENGTH, resets=RESETS)
+
+    def run(mixer, x):
+        state, y = mixer(busy_state(mixer), x, reset)
+        return (y**2).sum() + sum((leaf**2).sum() for leaf in floats(state)), (state, y)
+
+    (_, want), gradient = jax.value_and_grad(run, 1, has_aux=True)(mixer, x)
+    definition, params = nnx.split(mixer)
+    for change in others:
+        twin = MIXERS[config.kind][1](
+            dataclasses.replace(config, **change), WIDTH, rngs=nnx.Rngs(0)
+        )
+        twin = nnx.merge(nnx.split(twin)[0], params)
+        (_, got), twin_gradient = jax.value_and_grad(run, 1, has_aux=True)(twin, x)
+        assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert_close(twin_gradient, gradient, rtol=2e-3, atol=2e-4 * jnp.abs(gradient).max())
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
+def test_long_segments_with_extreme_inputs_stay_finite(name, scale):
+    mixer = mixer_of(name)
+    x = scale * jax.random.normal(jax.random.key(3), (1, 4096, WIDTH))
+    reset = jnp.zeros((1, 4096), bool)
+
+    @jax.jit
+    def run(mixer, x):
+        state, y = mixer(mixer.init_state(1), x, reset)
+        return (y**2).mean(), (state, y)
+
+    (_, out), gradients = jax.value_and_grad(run, (0, 1), has_aux=True)(mixer, x)
+    for leaf in jax.tree.leaves((out, gradients)):
+        assert jnp.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_inputs_stay_near_float32(name):
+    mixer = mixer_of(name)
+    x, reset = segment(LENGTH, resets=RESETS)
+    x = x.astype(jnp.bfloat16)
+    state, y = apply(mixer, mixer.init_state(3), x, reset)
+    want_state, want = apply(mixer, mixer.init_state(3), x.astype(jnp.float32), reset)
+    assert y.dtype == jnp.bfloat16
+    assert all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(want_state)))
+    # bfloat16 keeps 8 bits: 0.4% a rounding, some ten roundings deep
+    error = jnp.abs(y.astype(jnp.float32) - want).max() / jnp.abs(want).max()
+    assert error < 0.05
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_memory_report_states_the_bytes_that_the_state_has(kind):
+    config, mixer = MIXERS[kind]
+    mixer = mixer(config(), WIDTH, rngs=nnx.Rngs(0))
+    state = mixer.init_state(2)
+    report = mixer.memory_report(64, state)
+    assert report.state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // 2
+    assert report.flops_per_token > 0
+    assert report.telemetry
