@@ -114,9 +114,9 @@ def _literal(value: Any, path: str, expected: str) -> Any:
 
 def _build_union(args: tuple, value: Any, path: str) -> Any:
     options = [a for a in args if a is not type(None)]
-    if len(options) < len(args):
-        if value is None or isinstance(value, Text) and value.lower() in ("none", "null"):
-            return None
+    none = value is None or (isinstance(value, Text) and value.lower() in ("none", "null"))
+    if none and len(options) < len(args):
+        return None
     if len(options) == 1:
         return build(options[0], value, path)
     classes = {a.kind: a for a in options if dataclasses.is_dataclass(a)}

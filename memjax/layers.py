@@ -148,8 +148,9 @@ def positions(start_B: Int[Array, "B"], reset_BT: Bool[Array, "B T"]) -> Int[Arr
 class ShortConv(nnx.Module):
     """Causal depthwise convolution: y_t = sum_j weight_j * x_{t-j}, j < width (+ bias).
 
-    The tail, the last width - 1 inputs of the document so far (zero before it), is state; taps that reach across a
-    reset, or before the document, see zero. No activation: the caller applies its own.
+    The tail, the last width - 1 inputs of the document so far (zero before it), is state; taps
+    that reach across a reset, or before the document, see zero. No activation: the caller applies
+    its own.
     """
 
     def __init__(self, size: int, width: int, *, rngs: nnx.Rngs, bias: bool = False):

@@ -1,7 +1,7 @@
-"""Sequence operations with several implementations: a definition, fast plain JAX, and Pallas kernels.
+"""Sequence operations with several implementations: the definition, and fast plain JAX.
 
-Every operation takes `impl`: "auto", or the name of an implementation, which then runs or raises. See
-`pallas_kernels.dispatch.resolve` to learn which one a call would run.
+Every operation takes `impl`: "auto", or the name of an implementation, which then runs or raises.
+`pallas_kernels.dispatch.resolve` tells which one a call would run.
 """
 
 from pallas_kernels import dispatch

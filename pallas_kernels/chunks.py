@@ -1,7 +1,7 @@
 """Chunked layout, decays and resets shared by the recurrences.
 
-Inside the chunked implementations arrays are `[N, B, H, C, ...]`: the chunk axis leads, so that a scan over states needs
-no further transpose.
+Inside the chunked implementations arrays are `[N, B, H, C, ...]`: the chunk axis leads, so that a
+scan over states needs no further transpose.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# exp of it is zero even in float64, and sums of it over a chunk stay exact multiples of COARSE_STEP in float32.
+from pallas_kernels.products import rows_dot_rows
+
+# exp of it is zero even in float64, and float32 sums it over a chunk as exact multiples of the step.
 LOG_DECAY_FLOOR = -800.0
 COARSE_STEP = 1 / 32
 # Pairs inside blocks of this many tokens are weighted one by one when decay is per channel.
@@ -18,11 +20,14 @@ PAIRWISE_TOKENS = 4
 
 
 class ChunkDecay(NamedTuple):
-    """Inclusive sums of log decay inside each chunk, and which document each token is in.
+    """Sums of log decay inside each chunk, and which document each token is in.
 
-    The sum is kept as two parts. `coarse` is a sum of multiples of COARSE_STEP, which float32 adds without error; `fine`
-    is the small remainder. A difference of sums is then accurate to the size of the difference, not of the sums: one
-    token with log decay -500 does not blur the decays of those behind it.
+    A sum runs from the first token of the chunk, or from the last reset, to the token itself: only
+    sums of one document may be subtracted, and no sum depends on an earlier document.
+    It is kept as two parts. `coarse` is a sum of multiples of COARSE_STEP, which float32 adds
+    without error; `fine` is the small remainder. A difference of sums is then accurate to the size
+    of the difference, not of the sums: one token with log decay -500 does not blur the decays of
+    those behind it.
     """
 
     coarse_NBHCK: jax.Array  # K is 1 when decay is per head; B and H are 1 when there is none
@@ -36,11 +41,6 @@ class Gates(NamedTuple):
     enter_NBHCK: jax.Array  # the entering state, as token i reads it
     leave_NBHCK: jax.Array  # the write of token j, as the leaving state holds it
     through_NBHK1: jax.Array  # the entering state, as the leaving state holds it
-
-
-def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
-    """float32, or float64 when an input is."""
-    return jnp.result_type(jnp.float32, *arrays)
 
 
 def chunk_length(chunk: int, tokens: int) -> int:
@@ -67,10 +67,18 @@ def join_chunks(x_NBHCV: jax.Array, tokens: int) -> jax.Array:
 
 
 def chunk_decay(
-    log_decay: jax.Array | None, reset_BT: jax.Array | None, tokens: int, length: int, dtype: jnp.dtype
+    log_decay: jax.Array | None,
+    reset_BT: jax.Array | None,
+    tokens: int,
+    length: int,
+    dtype: jnp.dtype,
 ) -> ChunkDecay:
     """Sums of log decay (None, `[B, T, H]` or `[B, T, H, K]`) and document counts by chunk."""
     chunks = -(-tokens // length)
+    document = None
+    if reset_BT is not None:
+        fresh_NB1C = split_chunks(reset_BT[:, :, None].astype(jnp.int32), length)
+        document = jnp.cumsum(fresh_NB1C, axis=-1)
     if log_decay is None:
         zeros = jnp.zeros((chunks, 1, 1, length, 1), dtype)
         coarse, fine = zeros, zeros
@@ -79,10 +87,8 @@ def chunk_decay(
             log_decay = log_decay[..., None]
         log_decay = jnp.maximum(split_chunks(log_decay.astype(dtype), length), LOG_DECAY_FLOOR)
         step = lax.stop_gradient(jnp.round(log_decay / COARSE_STEP) * COARSE_STEP)
-        coarse, fine = _running_sum(step), _running_sum(log_decay - step)
-    document = None
-    if reset_BT is not None:
-        document = jnp.cumsum(split_chunks(reset_BT[:, :, None].astype(jnp.int32), length), axis=-1)
+        coarse = _running_sum(step, document)
+        fine = _running_sum(log_decay - step, document)
     return ChunkDecay(coarse, fine, document)
 
 
@@ -90,16 +96,15 @@ def gates(decay: ChunkDecay) -> Gates:
     """Factors for the state that enters each chunk and the state that leaves it."""
     coarse, fine, document = decay
     last_coarse, last_fine = coarse[..., -1:, :], fine[..., -1:, :]
-    enter = jnp.exp(coarse + fine)
-    leave = jnp.exp((last_coarse - coarse) + (last_fine - fine))
-    through = jnp.swapaxes(jnp.exp(last_coarse + last_fine), -1, -2)
+    enter = coarse + fine
+    leave = (last_coarse - coarse) + (last_fine - fine)
     if document is not None:
         document = document[..., None]
-        last = document[..., -1:, :]
-        enter = jnp.where(document == 0, enter, 0)
-        leave = jnp.where(document == last, leave, 0)
-        through = jnp.where(last == 0, through, 0)
-    return Gates(enter, leave, through)
+        enter = jnp.where(document == 0, enter, -jnp.inf)
+        leave = jnp.where(document == document[..., -1:, :], leave, -jnp.inf)
+    enter = jnp.exp(enter)
+    through = jnp.swapaxes(enter[..., -1:, :], -1, -2)
+    return Gates(enter, jnp.exp(leave), through)
 
 
 def decayed_products(a_NBHCK: jax.Array, b_NBHCK: jax.Array, decay: ChunkDecay) -> jax.Array:
@@ -107,64 +112,79 @@ def decayed_products(a_NBHCK: jax.Array, b_NBHCK: jax.Array, decay: ChunkDecay) 
 
     Only differences of sums that are at most 0 are exponentiated.
     """
-    length = a_NBHCK.shape[-2]
-    visible = jnp.tril(jnp.ones((length, length), bool))
-    if decay.document_NB1C is not None:
-        document = decay.document_NB1C
-        visible = visible & (document[..., :, None] == document[..., None, :])
     if decay.coarse_NBHCK.shape[-1] > 1:
-        products = _channel_products(a_NBHCK, b_NBHCK, decay.coarse_NBHCK, decay.fine_NBHCK)
-        return jnp.where(visible, products, 0)
+        return _channel_products(a_NBHCK, b_NBHCK, decay)
     coarse, fine = decay.coarse_NBHCK[..., 0], decay.fine_NBHCK[..., 0]
     gap = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
+    visible = _earlier_of_document(a_NBHCK.shape[-2], decay.document_NB1C)
     return rows_dot_rows(a_NBHCK, b_NBHCK) * jnp.exp(jnp.where(visible, gap, -jnp.inf))
 
 
-def rows_dot_rows(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a bT over the last two axes, accumulated in float32 or wider."""
-    return jnp.einsum("...ik,...jk->...ij", a, b, preferred_element_type=accumulation_dtype(a, b))
+def _earlier_of_document(length: int, document: jax.Array | None) -> jax.Array:
+    """`[..., C, C]`: whether token j is token i or an earlier one of the same document."""
+    earlier = jnp.tril(jnp.ones((length, length), bool))
+    if document is None:
+        return earlier
+    return earlier & (document[..., :, None] == document[..., None, :])
 
 
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b over the last two axes, accumulated in float32 or wider."""
-    return jnp.einsum("...ij,...jk->...ik", a, b, preferred_element_type=accumulation_dtype(a, b))
-
-
-def columns_dot_columns(a: jax.Array, b: jax.Array) -> jax.Array:
-    """aT b over the last two axes, accumulated in float32 or wider."""
-    return jnp.einsum("...ck,...cv->...kv", a, b, preferred_element_type=accumulation_dtype(a, b))
-
-
-def _running_sum(x_NBHCK: jax.Array) -> jax.Array:
-    if x_NBHCK.shape[-1] == 1:
+def _running_sum(x_NBHCK: jax.Array, document_NB1C: jax.Array | None) -> jax.Array:
+    """Inclusive sums over the chunk; with documents, over the tokens of the same document."""
+    if document_NB1C is None and x_NBHCK.shape[-1] == 1:
         return jnp.cumsum(x_NBHCK, axis=-2)
-    length = x_NBHCK.shape[-2]
-    ones = jnp.tril(jnp.ones((length, length), x_NBHCK.dtype))
-    # Exact for multiples of COARSE_STEP only if the product is not rounded to bfloat16 on an accelerator.
-    return jnp.einsum("ij,...jk->...ik", ones, x_NBHCK, precision=lax.Precision.HIGHEST)
+    # A masked product: in a difference of sums over the whole chunk, earlier documents would cancel
+    # in exact arithmetic only, and their gradient would be rounding noise instead of 0.
+    # Exact for multiples of COARSE_STEP unless an accelerator rounds its operands to bfloat16.
+    earlier = _earlier_of_document(x_NBHCK.shape[-2], document_NB1C).astype(x_NBHCK.dtype)
+    return jnp.einsum("...ij,...jk->...ik", earlier, x_NBHCK, precision=lax.Precision.HIGHEST)
 
 
-def _channel_products(a: jax.Array, b: jax.Array, coarse: jax.Array, fine: jax.Array) -> jax.Array:
-    """Halve the block: each diagonal half by recursion, the part below it as one product anchored at the border."""
-    length = a.shape[-2]
+def _channel_products(a_NBHCK: jax.Array, b_NBHCK: jax.Array, decay: ChunkDecay) -> jax.Array:
+    """The products where decay is per channel.
+
+    Halve every block: its diagonal halves by recursion, the part below them as one product of
+    factors anchored at the border, the last token of the early half.
+    The blocks of one size share one axis: XLA on CPU aborts on a product of arrays of 8 axes.
+    """
+    coarse, fine, document = decay
+    a, b, coarse, fine = (x[..., None, :, :] for x in (a_NBHCK, b_NBHCK, coarse, fine))
+    document = None if document is None else document[..., None, :]
+    return _block_products(a, b, ChunkDecay(coarse, fine, document))[..., 0, :, :]
+
+
+def _block_products(a: jax.Array, b: jax.Array, decay: ChunkDecay) -> jax.Array:
+    coarse, fine, document = decay
+    count, length = a.shape[-3:-1]
     if length <= PAIRWISE_TOKENS:
-        visible = jnp.tril(jnp.ones((length, length), bool))[:, :, None]
-        gap = _pairs(coarse) + _pairs(fine)
-        weight = jnp.exp(jnp.where(visible, gap, -jnp.inf))
+        visible = _earlier_of_document(length, document)[..., None]
+        weight = jnp.exp(jnp.where(visible, _pairs(coarse) + _pairs(fine), -jnp.inf))
         return jnp.sum(a[..., :, None, :] * b[..., None, :, :] * weight, axis=-1)
-    halves = [x.reshape(*x.shape[:-2], 2, length // 2, x.shape[-1]) for x in (a, b, coarse, fine)]
-    diagonal = _channel_products(*halves)
-    (a0, a1), (b0, b1), (c0, c1), (f0, f1) = (
-        (x[..., 0, :, :], x[..., 1, :, :]) for x in halves
-    )
-    border_coarse, border_fine = c0[..., -1:, :], f0[..., -1:, :]
-    later = a1 * jnp.exp((c1 - border_coarse) + (f1 - border_fine))
-    earlier = b0 * jnp.exp((border_coarse - c0) + (border_fine - f0))
-    below = rows_dot_rows(later.astype(a.dtype), earlier.astype(b.dtype))
+    half = length // 2
+    halves = [x.reshape(*x.shape[:-3], 2 * count, half, x.shape[-1]) for x in (a, b, coarse, fine)]
+    half_document = document
+    if document is not None:
+        half_document = document.reshape(*document.shape[:-2], 2 * count, half)
+    diagonal = _block_products(*halves[:2], ChunkDecay(*halves[2:], half_document))
+    diagonal = diagonal.reshape(*diagonal.shape[:-3], count, 2, half, half)
+    gate = _from_border(coarse) + _from_border(fine)
+    if document is not None:
+        of_border = document == document[..., half - 1 : half]
+        gate = jnp.where(of_border[..., None], gate, -jnp.inf)
+    late = a[..., half:, :] * jnp.exp(gate[..., half:, :])
+    early = b[..., :half, :] * jnp.exp(gate[..., :half, :])
+    below = rows_dot_rows(late.astype(a.dtype), early.astype(b.dtype))
     upper = jnp.concatenate([diagonal[..., 0, :, :], jnp.zeros_like(below)], axis=-1)
     lower = jnp.concatenate([below, diagonal[..., 1, :, :]], axis=-1)
     return jnp.concatenate([upper, lower], axis=-2)
 
 
-def _pairs(x: jax.Array) -> jax.Array:
-    return x[..., :, None, :] - x[..., None, :, :]
+def _from_border(sums_CK: jax.Array) -> jax.Array:
+    """Sums from each token of the early half to its last, and from there to each of the late half."""
+    half = sums_CK.shape[-2] // 2
+    border = sums_CK[..., half - 1 : half, :]
+    early, late = border - sums_CK[..., :half, :], sums_CK[..., half:, :] - border
+    return jnp.concatenate([early, late], axis=-2)
+
+
+def _pairs(sums_CK: jax.Array) -> jax.Array:
+    return sums_CK[..., :, None, :] - sums_CK[..., None, :, :]

@@ -8,11 +8,13 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("reference", "xla", "tpu", "gpu")
 
-AVAILABLE: Mapping[str, tuple[str, ...]] = MappingProxyType({
-    "attention": ("reference", "xla"),
-    "delta_rule": ("reference", "xla"),
-    "linear_attention": ("reference", "xla"),
-})
+AVAILABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "attention": ("reference", "xla"),
+        "delta_rule": ("reference", "xla"),
+        "linear_attention": ("reference", "xla"),
+    }
+)
 
 _logged: set[str] = set()
 

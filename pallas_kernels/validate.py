@@ -1,13 +1,14 @@
-"""Checks of arguments, made while tracing. Each raises ValueError with one line: argument, value, rule."""
+"""Checks of arguments, made while tracing.
 
-from collections.abc import Mapping, Sequence
+Each raises ValueError with one line: the operation, the argument, its value and the rule.
+"""
 
 import jax
 import jax.numpy as jnp
 
 
-def check_axes(op: str, arrays: Mapping[str, tuple[jax.Array | None, Sequence[str]]]) -> None:
-    """Each array has the named axes, and an axis has one size wherever it occurs. None is skipped."""
+def check_axes(op: str, **arrays: tuple[jax.Array | None, str]) -> None:
+    """Each array has its axes, and an axis has one size wherever it occurs. None is skipped."""
     sizes: dict[str, tuple[int, str]] = {}
     for name, (array, axes) in arrays.items():
         if array is None:
@@ -19,8 +20,14 @@ def check_axes(op: str, arrays: Mapping[str, tuple[jax.Array | None, Sequence[st
             known, source = sizes.setdefault(axis, (size, name))
             if known != size:
                 raise ValueError(
-                    f"{op}: {name} has shape {array.shape}, {want}; its {axis} is {size} but that of {source} is {known}"
+                    f"{op}: {name} has shape {array.shape}; {want} must agree with {source}, "
+                    f"where {axis} is {known}"
                 )
+
+
+def decay_axes(log_decay: jax.Array | None) -> str:
+    """The axes that `log_decay` must have: one a head, or one a key channel."""
+    return "BTH" if log_decay is not None and log_decay.ndim == 3 else "BTHK"
 
 
 def check_floating(op: str, **arrays: jax.Array | None) -> None:
@@ -65,5 +72,6 @@ def check_log_decay(op: str, log_decay: jax.Array | None) -> None:
     largest = float(jnp.max(log_decay))
     if not largest <= 0:
         raise ValueError(
-            f"{op}: log_decay has a value of {largest:g}; it must be at most 0 (the logarithm of a decay in (0, 1])"
+            f"{op}: log_decay has a value of {largest:g}; it must be at most 0, "
+            "the logarithm of a decay in (0, 1]"
         )

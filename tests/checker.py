@@ -1,4 +1,4 @@
-"""The runtime type checker of the tests: beartype, with an int allowed where a float is expected."""
+"""The runtime type checker of the tests: beartype, an int being good enough for a float."""
 
 from beartype import BeartypeConf, beartype
 

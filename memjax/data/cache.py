@@ -17,6 +17,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,10 +29,9 @@ from memjax.data.documents import Document
 from memjax.data.errors import DataError
 from memjax.data.progress import Advance, reading
 from memjax.data.text import count_words
-from memjax.data.tokenizers import Tokenizer
+from memjax.data.tokenizers import PART, Tokenizer
 
 FORMAT = 1
-PART = ".part-"
 STALE_S = 3600.0
 CHECK_BELOW = 1 << 28  # bytes of tokens whose checksum is verified at every opening
 _CHUNK = 1 << 24
@@ -92,7 +92,7 @@ def build(
     part = folder.parent / f"{PART}{folder.name}-{os.getpid()}-{os.urandom(4).hex()}"
     total = sum(document.stop - document.start for document in documents)
     try:
-        _remove_stale(folder.parent)
+        remove_stale(folder.parent)
         part.mkdir(parents=True)
         with reading(f"tokenising {source} {split}", total) as advance:
             _write(part, documents, tokenizer, source, split, advance)
@@ -136,7 +136,7 @@ def _write(
                 crc = zlib.crc32(raw, crc)
                 count += len(ids)
                 advance(size)
-            content.update(f"{len(text)} {document.name}\n".encode())
+            content.update(b"%d %b\n" % (len(text), os.fsencode(document.name)))
             content.update(text)
             index.names.append(document.name)
             index.tokens.append(count)
@@ -191,12 +191,13 @@ def _install(part: Path, folder: Path) -> None:
     """Give `part` its final name; a good folder that another process put there first stays."""
     if folder.exists():
         try:
-            read(folder, verify=False)
+            read(folder, verify=True)
             return
         except Damaged:
             old = folder.parent / f"{PART}old-{os.getpid()}-{os.urandom(4).hex()}"
-            os.rename(folder, old)
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another process replaces it, too
+                os.rename(folder, old)
+            _remove(old)
     try:
         os.rename(part, folder)
     except OSError as error:
@@ -204,14 +205,23 @@ def _install(part: Path, folder: Path) -> None:
             raise
 
 
-def _remove_stale(root: Path) -> None:
+def remove_stale(root: Path) -> None:
+    """Remove what builds that were killed left in `root`."""
     for part in root.glob(f"{PART}*"):
         try:
-            newest = max(path.stat().st_mtime for path in (part, *part.iterdir()))
+            inside = part.iterdir() if part.is_dir() else ()
+            newest = max(path.stat().st_mtime for path in (part, *inside))
         except OSError:  # another process renamed or removed it meanwhile
             continue
         if time.time() - newest > STALE_S:
-            shutil.rmtree(part, ignore_errors=True)
+            _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read(folder: Path, *, verify: bool) -> tuple[Header, Index]:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from memjax.config import check, check_at_least
 from memjax.data.errors import DataError
@@ -25,7 +25,8 @@ class Data:
                source code (it differs between Python versions); "text": a file or a folder;
                "wikitext": a folder with wiki.{train,valid,test}.tokens or .raw; "pg19": a folder
                with {train,validation,test}/<id>.txt. See `memjax.data.sources`.
-    path       the file or folder of the source; None for "stdlib".
+    path       the file or folder of the source; None for "stdlib". The others need it when they
+               are opened, not before, so that a config file may leave it to the command line.
     tokenizer  "bytes", "bpe" (trained on the training split) or "words" (WikiText protocol).
     vocab_size ids in all: the size of "bpe" (None: 4,096), a cap for "words" (None: every word of
                the training split); None for "bytes" (257).
@@ -50,13 +51,6 @@ class Data:
     threads: int = 2
 
     def __post_init__(self):
-        for field, names in (
-            ("source", SourceName),
-            ("tokenizer", TokenizerName),
-            ("stream", StreamName),
-        ):
-            valid = get_args(names)
-            check(self, field, getattr(self, field) in valid, f"must be one of {', '.join(valid)}")
         check_at_least(self, 1, "sequence", "batch")
         check_at_least(self, 0, "seed", "threads")
         self._check_vocabulary()
@@ -80,7 +74,7 @@ class Data:
         least = SMALLEST_BPE if self.tokenizer == "bpe" else 3
         check_at_least(self, least, "vocab_size")
         fits = self.vocab_size is None or self.vocab_size <= LARGEST_VOCABULARY
-        check(self, "vocab_size", fits, f"must be at most {LARGEST_VOCABULARY}, the largest int32")
+        check(self, "vocab_size", fits, f"must be at most {LARGEST_VOCABULARY}: ids are int32")
 
 
 def cache_folder(config: Data) -> Path:

@@ -191,6 +191,7 @@ def _tokenizer(config: Data, source: Source) -> Tokenizer:
     tokenizer = _train(config.tokenizer, documents, size)
     try:
         path.parent.mkdir(exist_ok=True)
+        cache.remove_stale(path.parent)
     except OSError as error:
         raise cache.cache_error(path.parent, error) from None
     tokenizer.save(path)

@@ -6,7 +6,7 @@ disk. Splits are "train", "valid" and "test" ("validation", "val" and "dev" also
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -99,8 +99,8 @@ def entries(folder: Path) -> list[Path]:
         raise unreadable(folder, error) from None
 
 
-def text_files(folder: Path) -> list[Path]:
-    """Text files below `folder`, by relative name, without hidden ones."""
+def text_files(folder: Path, without: Collection[str] = ()) -> list[Path]:
+    """Text files below `folder`, by relative name, without hidden ones and folders `without`."""
     found: list[Path] = []
 
     def fail(error: OSError):
@@ -113,7 +113,8 @@ def text_files(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        kept = [name for name in folders if not name.startswith(".") and name not in without]
+        folders[:] = sorted(kept)
         found += [
             Path(base, name)
             for name in files

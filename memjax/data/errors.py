@@ -1,5 +1,7 @@
 """The error of this package."""
 
+from memjax.config import ConfigError
 
-class DataError(ValueError):
+
+class DataError(ConfigError):
     """Text, a tokenizer or a cache cannot be used; the message is one line for the user."""

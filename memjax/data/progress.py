@@ -2,9 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,10 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 LINE_EVERY_S = 10.0
 
 
-class Advance(Protocol):
-    """Called with the number of bytes done since the last call."""
-
-    def __call__(self, size: int) -> None: ...
+Advance = Callable[[int], None]  # called with the number of bytes read since the last call
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Each function that takes a root documents the layout that it reads.
 import csv
 import hashlib
 import mmap
+import os
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,12 +80,11 @@ _LEFT_OUT = {
 def _stdlib(root: Path) -> Source:
     """The *.py files of the running Python's standard library, split by a hash of their names."""
     paths = []
-    for path in text_files(root):
-        parts = path.relative_to(root).parts
-        generated = path.name.startswith("_sysconfigdata") or parts[0].startswith("config-")
-        if path.suffix == ".py" and not generated and not _LEFT_OUT.intersection(parts):
+    for path in text_files(root, without=_LEFT_OUT):
+        of_machine = path.name.startswith("_sysconfigdata") or path.parent.name.startswith("config")
+        if path.suffix == ".py" and not of_machine and path.is_file() and path.stat().st_size:
             paths.append(path)
-    documents = documents_of((path for path in paths if path.stat().st_size), root)
+    documents = documents_of(paths, root)
     missing = "this Python has no source files of its standard library; set data.source=text"
     splits = existing(_split_by_hash(documents))
     if not splits:
@@ -93,7 +93,7 @@ def _stdlib(root: Path) -> Source:
 
 
 def _hash(name: str) -> float:
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

@@ -28,8 +28,9 @@ from functools import lru_cache
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
-from memjax.config import check
+from memjax.config import FieldError
 from memjax.data.config import Data
 from memjax.data.corpus import Corpus
 from memjax.data.errors import DataError
@@ -51,8 +52,10 @@ def batches(
     index, count = process
     if segments < 1 or not 0 <= index < count:
         raise ValueError(f"segments={segments} and process={process} must be counts from 1")
-    rule = f"must be a multiple of the {count} processes; try {-(-config.batch // count) * count}"
-    check(config, "batch", config.batch % count == 0, rule)
+    if config.batch % count:
+        rule = f"must be a multiple of the {count} processes"
+        more = -(-config.batch // count) * count
+        raise FieldError("batch", config.batch, f"{rule}; try {more}", "data.")
     share = config.batch // count
     rows = np.arange(index * share, (index + 1) * share)
     stream = STREAMS[config.stream](config, corpus, config.sequence * segments, rows)
@@ -73,7 +76,7 @@ def iterate(stream: grain.MapDataset, start: int = 0, threads: int = 0) -> Itera
         reader.close()
 
 
-def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, size: int) -> Int[np.ndarray, "size"]:
     """A permutation of range(size) for each (seed, epoch), the same in every version of NumPy."""
     raw = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(size)
     return np.argsort(raw, kind="stable")
@@ -82,16 +85,21 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 class Stream(ABC):
     """Windows of a corpus, assigned to (row, step).
 
-    steps   steps an epoch.
-    rows    rows of this process, of the `config.batch` in all.
+    windows    windows an epoch, of `length` targets.
+    rows       rows of this process.
+    row_count  rows of all processes.
     """
 
     def __init__(self, config: Data, corpus: Corpus, length: int, rows: np.ndarray):
-        self.corpus, self.length, self.rows = corpus, length, rows
+        self.config, self.corpus, self.length, self.rows = config, corpus, length, rows
         self.seed, self.row_count = config.seed, config.batch
         self.windows = self._count_windows()
         if self.windows < config.batch:
             raise DataError(_too_small(config, corpus, length, self.windows))
+
+    def __reduce__(self):
+        # Caches and memory maps stay behind.
+        return type(self), (self.config, self.corpus, self.length, self.rows)
 
     @abstractmethod
     def _count_windows(self) -> int:
@@ -126,7 +134,7 @@ class Stream(ABC):
 
 
 def _too_small(config: Data, corpus: Corpus, length: int, windows: int) -> str:
-    fits = corpus.number_of_targets // config.batch
+    fits = corpus.number_of_targets // config.batch * config.sequence // length
     smaller = f"set data.sequence to at most {fits} or " if 0 < fits < config.sequence else ""
     return (
         f"data.batch={config.batch} rows of {length} tokens do not fit split '{corpus.split}' of "

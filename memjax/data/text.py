@@ -25,14 +25,18 @@ def whole_lines(text: bytes) -> Iterator[bytes]:
     return (block for _, block in line_blocks(text))
 
 
-_BEFORE_SPACE = re.compile(rb"[!-~](?=[ \n])")
+# A byte that cannot end a white space character, then ASCII white space. Of the bytes that end the
+# white space of Unicode, E3 80 xx is let through where it is the punctuation of Chinese.
+_BEFORE_SPACE = re.compile(
+    rb"(?:[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf]|\xe3\x80[\x81-\x8a])(?=[ \n])"
+)
 
 
 def space_blocks(text: bytes, size: int = BLOCK) -> Iterator[bytes]:
     """Cut `text` into blocks of about `size` bytes, each cut just before a run of white space.
 
     A pre-tokenizer that never joins a character to white space after it gives the same pieces
-    for the blocks as for the whole. Text without ASCII spaces or line ends is one block.
+    for the blocks as for the whole. UTF-8 text without ASCII spaces or line ends is one block.
     """
     start = 0
     while start < len(text):

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
+from jaxtyping import Int32
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
@@ -22,6 +23,7 @@ from memjax.data.errors import DataError
 from memjax.data.text import BLOCK, line_blocks, space_blocks
 
 FORMAT = 1
+PART = ".part-"  # begins the name of a file or folder of the cache that is not complete
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 
 
@@ -40,12 +42,12 @@ class Tokenizer(ABC):
     def blocks(self, text: bytes) -> Iterator[tuple[int, np.ndarray]]:
         """(bytes read, their ids) of consecutive parts of UTF-8 `text`, in little memory."""
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """Ids of UTF-8 `text`, int32 [tokens], without `bos_id`."""
+    def encode(self, text: bytes) -> Int32[np.ndarray, "tokens"]:
+        """Ids of UTF-8 `text`, without `bos_id`."""
         return np.concatenate([np.zeros(0, np.int32), *(ids for _, ids in self.blocks(text))])
 
     @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Text of `ids`; broken UTF-8 becomes U+FFFD. Raises DataError for an unknown id."""
 
     @abstractmethod
@@ -69,7 +71,7 @@ class Tokenizer(ABC):
     def save(self, path: str | Path) -> None:
         """Write JSON that `load` reads; the file appears whole or not at all."""
         path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+        part = path.with_name(f"{PART}{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
         try:
             part.write_text(self._json(), encoding="utf-8")
             part.replace(path)
@@ -87,13 +89,15 @@ class Tokenizer(ABC):
                 raise ValueError(f"format {content['format']}, expected {FORMAT}")
             return TOKENIZERS[content["kind"]].from_content(content)
         except OSError as error:
-            raise DataError(f"tokenizer {path} cannot be read ({error.strerror})") from None
+            raise DataError(
+                f"tokenizer {path} cannot be read ({error.strerror}); check that it is there"
+            ) from None
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(
                 f"tokenizer {path} is damaged ({type(error).__name__}: {error}); remove it"
             ) from None
 
-    def _checked(self, ids: Iterable[int]) -> list[int]:
+    def _checked(self, ids: Iterable[SupportsInt]) -> list[int]:
         checked = [int(i) for i in ids]
         for i in checked:
             if not 0 <= i < self.vocab_size:
@@ -113,7 +117,7 @@ class Bytes(Tokenizer):
             part = text[start : start + BLOCK]
             yield len(part), np.frombuffer(part, np.uint8).astype(np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         checked = self._checked(ids)
         return bytes(i for i in checked if i != self.bos_id).decode("utf-8", errors="replace")
 
@@ -148,7 +152,7 @@ class Bpe(Tokenizer):
     kind = "bpe"
     _BLOCK, _GROUP = 1 << 17, 16  # bytes a call and calls at once: bounds the memory of encoding
 
-    def __init__(self, vocabulary: Sequence[str], merges: Sequence[tuple[str, str]]):
+    def __init__(self, vocabulary: Sequence[str], merges: Sequence[Sequence[str]]):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else a warning at each fork
         self._vocabulary, self._merges = list(vocabulary), [(left, right) for left, right in merges]
         ids = {symbol: i for i, symbol in enumerate(self._vocabulary)}
@@ -187,7 +191,7 @@ class Bpe(Tokenizer):
             parts = [np.asarray(encoding.ids, np.int32) for encoding in encoded]
             yield sum(map(len, group)), np.concatenate(parts)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         checked = self._checked(ids)
         text = b"".join(self._bytes[i] for i in checked if i != self.bos_id)
         return text.decode("utf-8", errors="replace")
@@ -235,10 +239,9 @@ class Words(Tokenizer):
         ranked = [word for word, _ in counts.most_common()]
         special = [word for word in (END_OF_LINE, UNKNOWN) if word not in counts]
         if vocab_size is not None and len(ranked) + len(special) > vocab_size:
-            kept = set((END_OF_LINE, UNKNOWN))
-            room = vocab_size - len(kept)
-            kept.update(islice((word for word in ranked if word not in kept), room))
-            ranked = [word for word in ranked if word in kept]
+            common = [word for word in ranked if word not in (END_OF_LINE, UNKNOWN)]
+            dropped = set(common[vocab_size - 2 :])
+            ranked = [word for word in ranked if word not in dropped]
         return cls(ranked + special)
 
     def blocks(self, text: bytes) -> Iterator[tuple[int, np.ndarray]]:
@@ -246,7 +249,7 @@ class Words(Tokenizer):
         for size, words in _words(text):
             yield size, np.array([known(word, unknown) for word in words], np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Words with single spaces between them; `<eos>` ends a line."""
         words = [self._words[i] for i in self._checked(ids)]
         lines = " ".join("\n" if word == END_OF_LINE else word for word in words)

@@ -1,1 +1,1 @@
-"""Evals."""
+"""Evaluation: perplexity (`perplexity`), generation (`generation`), and on a run (`run`)."""

@@ -16,6 +16,7 @@ class Eval:
         "windows" reads disjoint windows from the initial state; "sliding" reads windows of
         `context` tokens that move by `stride` and scores only the last `stride` of each.
     context: tokens a segment or window; None is data.sequence.
+    stride: for "sliding"; None is half the context.
     carry: whether "stream" carries the state (false: zeroed before every segment).
     batch: documents or windows evaluated side by side.
     """

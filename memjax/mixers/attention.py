@@ -59,7 +59,8 @@ class Attention(MixerConfig):
         size = self.head_size or d_model // self.heads
         if isinstance(self.position, Rotary):
             field = "head_size" if self.head_size else "heads"
-            check(self, field, size % 2 == 0, f"gives head size {size}, but rotary needs an even one")
+            rule = f"gives head size {size}, but rotary positions need an even one"
+            check(self, field, size % 2 == 0, rule)
 
 
 class AttentionState(NamedTuple):
@@ -142,4 +143,4 @@ class AttentionMixer(SequenceMixer):
         seen = (reach * (reach + 1) / 2 + (segment - reach) * reach) / segment
         flops = projection_flops(self) + 4.0 * seen * self.config.heads * self.size
         telemetry = {} if state is None else {"slot_use": state.valid_BM.mean()}
-        return MemoryReport(state_bytes(self), flops, telemetry)
+        return MemoryReport(state_bytes(self), flops, 0.0, telemetry)

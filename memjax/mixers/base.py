@@ -28,11 +28,14 @@ class MemoryReport(NamedTuple):
     state_bytes: bytes of carried state a sequence.
     flops_per_token: forward floating-point operations a token, in a segment started from the
         initial state, averaged over its tokens; a multiply-add counts two.
+    recurrence_flops: the part of flops_per_token that updates and reads a recurrent state, at the
+        cost of the token loop. Model FLOPs utilisation does not count it (see `memjax.bench`).
     telemetry: named scalars of the state given, if one was.
     """
 
     state_bytes: int
     flops_per_token: float
+    recurrence_flops: float
     telemetry: dict[str, jax.Array]
 
 

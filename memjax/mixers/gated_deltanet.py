@@ -152,4 +152,5 @@ class GatedDeltaNetMixer(SequenceMixer):
     ) -> MemoryReport:
         recurrence = 6.0 * self.config.heads * self.key_size * self.value_size
         telemetry = {} if state is None else {"state_norm": jnp.linalg.norm(state.memory_BHKV)}
-        return MemoryReport(state_bytes(self), projection_flops(self) + recurrence, telemetry)
+        flops = projection_flops(self) + recurrence
+        return MemoryReport(state_bytes(self), flops, recurrence, telemetry)

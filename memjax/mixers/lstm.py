@@ -80,4 +80,4 @@ class LSTMMixer(SequenceMixer):
 
     def memory_report(self, segment: int = 1024, state: LSTMState | None = None) -> MemoryReport:
         telemetry = {} if state is None else {"state_norm": jnp.linalg.norm(state.cell_BD)}
-        return MemoryReport(state_bytes(self), projection_flops(self), telemetry)
+        return MemoryReport(state_bytes(self), projection_flops(self), 0.0, telemetry)

@@ -13,6 +13,8 @@ class Optimizer:
     schedule: after `warmup` steps, "cosine" falls to final * learning_rate at the end; "wsd"
         (warm-up, stable, decay) holds and falls linearly over the last share `decay`; "constant".
     schedule_steps: length of the schedule; None is train.steps.
+    beta1, beta2, eps: of Adam, and the betas of Lion. momentum: of Muon, which updates matrices;
+        Adam updates the other parameters.
     clip: largest global gradient norm; None for no clipping.
     ema: decay of an exponential moving average of the weights, with which evaluation is done.
     """
@@ -27,6 +29,7 @@ class Optimizer:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.95
     eps: float = 1e-8
     clip: float | None = 1.0
     ema: float | None = None
@@ -37,7 +40,7 @@ class Optimizer:
         check_at_least(self, 1, "schedule_steps")
         for name in ("decay", "final"):
             check(self, name, 0 <= getattr(self, name) <= 1, "must be in [0, 1]")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         check(self, "eps", self.eps > 0, "must be greater than 0")
         check(self, "clip", self.clip is None or self.clip > 0, "must be greater than 0, or none")

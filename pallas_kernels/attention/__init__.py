@@ -30,42 +30,49 @@ def attention(
 ) -> Float[Array, "B T H V"]:
     """Softmax attention of a segment over keys that may begin before it.
 
-        o_t = sum_j softmax_j(scale q_t . k_j - bias (position_t - position_j)) v_j,  over the keys j that t sees
+        o_t = sum_j softmax_j(scale q_t . k_j - bias (position_t - position_j)) v_j
 
-    Shapes: q `[B, T, H, K]`; k `[B, J, G, K]`; v `[B, J, G, V]`, with H a multiple of G: query head h reads key head
-    h // (H / G). o `[B, T, H, V]`, in the dtype of q; scores, softmax and sums are float32 (float64 if an input is).
-    Positions: None puts key j at j and query t at J - T + t (a cache, then the segment). Otherwise integers `[B, T]` for
-    both (J = T), or a pair (queries `[B, T]`, keys `[B, J]`).
-    Seen: with `causal`, keys at the query's position or before; with `window`, keys less than `window` positions
-    behind (the query's own counts); with `segment_ids` (as `positions`: one array or a pair), keys of the query's own
-    id, and never a key of negative id (an empty slot of a cache). A query that sees no key gives zeros.
+    over the keys j that t sees.
+
+    Shapes: q `[B, T, H, K]`; k `[B, J, G, K]`; v `[B, J, G, V]`, with H a multiple of G: query head
+    h reads key head h // (H / G). o `[B, T, H, V]`, in the dtype of q; scores, softmax and sums are
+    float32 (float64 if q, k or v is).
+    Positions: None puts key j at j and query t at J - T + t (a cache, then the segment). Otherwise
+    integers `[B, T]` for both (J = T), or a pair (queries `[B, T]`, keys `[B, J]`).
+    Seen: with `causal`, keys at the query's position or before; with `window`, keys less than
+    `window` positions behind (the query's own counts); with `segment_ids` (as `positions`: one array
+    or a pair), keys of the query's own id, and never a key of negative id (an empty slot of a
+    cache). A query that sees no key gives zeros.
     `bias`: None, or ALiBi slopes `[H]`. `scale` None means K**-0.5.
-    Without `positions`, blocks of keys that `causal` or `window` exclude are not computed. The J - T keys in front of
-    the segment are not computed while all their segment ids are negative.
+    Without `positions`, blocks of keys that `causal` or `window` exclude are not computed. The J - T
+    keys in front of the segment are not computed while all their segment ids are negative.
     Differentiable once, in q, k, v and bias. No array of T x J is formed (except by "reference").
-    Errors: ValueError for shapes or dtypes that disagree, H not a multiple of G, window < 1, one array for both where
-    J is not T, or an implementation that is not available.
-    Source: arXiv:1706.03762; blocks arXiv:2205.14135; slopes arXiv:2108.12409; grouped heads arXiv:2305.13245.
+    Errors: ValueError for shapes or dtypes that disagree, H not a multiple of G, window < 1, one
+    array for both where J is not T, or an implementation that is not available.
+    Source: arXiv:1706.03762; blocks arXiv:2205.14135; slopes arXiv:2108.12409; grouped heads
+    arXiv:2305.13245.
     """
     position_pair, segment_pair = _pair(positions), _pair(segment_ids)
-    validate.check_axes(OP, {
-        "q": (q, "BTHK"),
-        "k": (k, "BJGK"),
-        "v": (v, "BJGV"),
-        "positions of queries": (position_pair[0], "BT"),
-        "positions of keys": (position_pair[1], "BJ"),
-        "segment_ids of queries": (segment_pair[0], "BT"),
-        "segment_ids of keys": (segment_pair[1], "BJ"),
-        "bias": (bias, "H"),
-    })
+    validate.check_axes(
+        OP,
+        q=(q, "BTHK"),
+        k=(k, "BJGK"),
+        v=(v, "BJGV"),
+        query_positions=(position_pair[0], "BT"),
+        key_positions=(position_pair[1], "BJ"),
+        query_segment_ids=(segment_pair[0], "BT"),
+        key_segment_ids=(segment_pair[1], "BJ"),
+        bias=(bias, "H"),
+    )
     validate.check_floating(OP, q=q, k=k, v=v, bias=bias)
-    for name, pair in (("positions", position_pair), ("segment_ids", segment_pair)):
-        for array in pair:
-            validate.check_integer(OP, **{name: array})
+    validate.check_integer(OP, query_positions=position_pair[0], key_positions=position_pair[1])
+    validate.check_integer(OP, query_segment_ids=segment_pair[0], key_segment_ids=segment_pair[1])
     validate.check_tokens(OP, min(q.shape[1], k.shape[1]))
     validate.check_at_least_one(OP, window=window)
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{OP}: q has H={q.shape[2]} heads; it must be a multiple of G={k.shape[2]}, the heads of k")
+        raise ValueError(
+            f"{OP}: q has H={q.shape[2]} heads; they must be a multiple of the G={k.shape[2]} of k"
+        )
     chosen = dispatch.resolve(OP, impl)
     tokens, keys = q.shape[1], k.shape[1]
     offset = None

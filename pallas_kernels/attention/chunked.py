@@ -1,8 +1,9 @@
 """Blockwise attention, plain JAX: rows of queries, never an array of all queries by all keys.
 
-The keys are two parts: those in front of the segment (a cache) and those of the segment. The first is skipped at run
-time, forward and backward, while no key in it can be seen. Few rows are unrolled, each against the keys that it may
-see; many run in one compiled loop, over the key blocks that they may see.
+The keys are two parts: those in front of the segment (a cache) and those of the segment. The first
+is skipped at run time, forward and backward, while no key in it can be seen. Few rows are unrolled,
+each against the keys that it may see; many run in one compiled loop, over the key blocks that they
+may see.
 """
 
 import functools
@@ -14,7 +15,7 @@ from jax import lax
 from pallas_kernels.attention import rows
 from pallas_kernels.attention.rule import Places, Rule
 from pallas_kernels.attention.tile import LOWEST, Tile, TileGradients, merge
-from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.products import accumulation_dtype
 
 
 def attention_chunked(
@@ -33,7 +34,7 @@ def attention_chunked(
     q_BTGRK = q_BTHK.astype(dtype).reshape(batch, tokens, groups, heads // groups, key_size)
     slopes_GR = None
     if slopes_H is not None:
-        slopes_GR = slopes_H.astype(accumulation_dtype(q_BTHK)).reshape(groups, heads // groups)
+        slopes_GR = slopes_H.astype(accumulation_dtype(q_BTGRK)).reshape(groups, heads // groups)
     o_BGRTV = _attention(
         rule,
         jnp.transpose(q_BTGRK, (0, 2, 3, 1, 4)),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention.rule import Places, Rule, distance, visible
-from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.products import accumulation_dtype
 
 
 def attention_reference(
@@ -17,7 +17,7 @@ def attention_reference(
     queries: Places,
     keys: Places,
 ) -> jax.Array:
-    """o_t = sum_j softmax_j(scale q_t . k_j - slope (position_t - position_j)) v_j over the keys j that t sees."""
+    """o_t = sum_j softmax_j(scale q_t . k_j - slope (position_t - position_j)) v_j, j seen by t."""
     dtype = accumulation_dtype(q_BTHK, k_BJGK, v_BJGV)
     group = q_BTHK.shape[2] // k_BJGK.shape[2]
     k_BJHK = jnp.repeat(k_BJGK, group, axis=2).astype(dtype)

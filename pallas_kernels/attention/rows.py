@@ -1,4 +1,4 @@
-"""All rows of queries against one part of the keys: unrolled while they are few, in one loop when they are many."""
+"""All rows of queries against one part of the keys: unrolled if few, in one loop if many."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from pallas_kernels.attention.tile import (
     tile_backward,
     tile_forward,
 )
-from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.products import accumulation_dtype
 
 ROW = 128
 UNROLLED_ROWS = 16
@@ -23,7 +23,7 @@ LOOP_KEYS = 512
 
 
 def forward(rule: Rule, whole: Tile) -> tuple[jax.Array, jax.Array]:
-    """Output `[B, G, R, T, V]` and log-sum-exp `[B, G, R, T, 1]` over these keys, in float32 or wider."""
+    """Output `[B, G, R, T, V]` and log-sum-exp `[B, G, R, T, 1]`, in float32 or wider."""
     if not _is_unrolled(whole):
         return _loop_forward(rule, whole)
     tiles = [
@@ -61,7 +61,7 @@ def _is_unrolled(whole: Tile) -> bool:
 
 
 def _ranges(rule: Rule, whole: Tile):
-    """For each row its range of queries, and the range of keys that can be seen from it (one key if none can)."""
+    """For each row its range of queries, and the range of keys it may see (one key if none)."""
     tokens, keys = whole.q_BGRCK.shape[3], whole.k_BGJK.shape[2]
     for start in range(0, tokens, ROW):
         stop = min(start + ROW, tokens)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 class Rule(NamedTuple):
     """The static part of the rule. Hashable: it decides what is compiled.
 
-    `offset` is the position of query 0 minus that of key 0 where tokens lie at consecutive positions, None where
-    positions are given as arrays.
+    `offset` is the position of query 0 minus that of key 0 where tokens lie at consecutive
+    positions, None where positions are given as arrays.
     """
 
     causal: bool

@@ -1,6 +1,7 @@
 """One tile of attention: a block of queries against a range of keys, forward and backward.
 
-Axes: G key heads, R query heads that share one, C queries of the tile, J its keys. A tile returns its normalised output
+Axes: G key heads, R query heads that share one, C queries of the tile, S = R x C
+rows, J its keys. A tile returns its normalised output
 and log-sum-exp, so tiles over different keys merge exactly, and the backward pass of each stands alone.
 """
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.rule import Places, Rule, distance, visible
-from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.products import columns_dot_columns, dot, rows_dot_rows
 
 # A hidden score is far below any maximum, and no maximum is below LOWEST: exp(HIDDEN - LOWEST) is 0, so a query that
 # sees nothing gets weights of 0 without a special case.
@@ -40,13 +41,14 @@ class TileGradients(NamedTuple):
 
 def tile_forward(rule: Rule, tile: Tile) -> tuple[jax.Array, jax.Array]:
     """Output `[B, G, R, C, V]` and log-sum-exp `[B, G, R, C, 1]` over the keys of the tile."""
-    scores_BGRCJ = _scores(rule, tile)
-    largest_BGRC1 = jnp.maximum(jnp.max(scores_BGRCJ, axis=-1, keepdims=True), LOWEST)
-    weights_BGRCJ = jnp.exp(scores_BGRCJ - largest_BGRC1)
-    total_BGRC1 = jnp.sum(weights_BGRCJ, axis=-1, keepdims=True)
-    o_BGRCV = _product("bgrcj,bgjv->bgrcv", weights_BGRCJ.astype(tile.v_BGJV.dtype), tile.v_BGJV)
-    total_BGRC1 = jnp.where(total_BGRC1 > 0, total_BGRC1, 1)
-    return o_BGRCV / total_BGRC1, largest_BGRC1 + jnp.log(total_BGRC1)
+    scores_BGSJ = _scores(rule, tile)
+    largest_BGS1 = jnp.maximum(jnp.max(scores_BGSJ, axis=-1, keepdims=True), LOWEST)
+    weights_BGSJ = jnp.exp(scores_BGSJ - largest_BGS1)
+    total_BGS1 = jnp.sum(weights_BGSJ, axis=-1, keepdims=True)
+    o_BGSV = dot(weights_BGSJ.astype(tile.v_BGJV.dtype), tile.v_BGJV)
+    total_BGS1 = jnp.where(total_BGS1 > 0, total_BGS1, 1)
+    lse_BGS1 = largest_BGS1 + jnp.log(total_BGS1)
+    return _unfold(o_BGSV / total_BGS1, tile), _unfold(lse_BGS1, tile)
 
 
 def tile_backward(
@@ -54,17 +56,17 @@ def tile_backward(
 ) -> TileGradients:
     """Gradients, from the log-sum-exp over all keys and the products of each output with its cotangent."""
     dtype = tile.q_BGRCK.dtype
-    weights_BGRCJ = jnp.exp(_scores(rule, tile) - lse_BGRC1)
-    d_v_BGJV = _product("bgrcj,bgrcv->bgjv", weights_BGRCJ.astype(dtype), d_o_BGRCV)
-    d_weights_BGRCJ = _product("bgrcv,bgjv->bgrcj", d_o_BGRCV, tile.v_BGJV)
-    d_scores_BGRCJ = weights_BGRCJ * (d_weights_BGRCJ - dot_BGRC1)
+    lse_BGS1, dot_BGS1, d_o_BGSV = _fold(lse_BGRC1), _fold(dot_BGRC1), _fold(d_o_BGRCV)
+    weights_BGSJ = jnp.exp(_scores(rule, tile) - lse_BGS1)
+    d_v_BGJV = columns_dot_columns(weights_BGSJ.astype(dtype), d_o_BGSV)
+    d_scores_BGSJ = weights_BGSJ * (rows_dot_rows(d_o_BGSV, tile.v_BGJV) - dot_BGS1)
     d_slopes_GR = None
     if tile.slopes_GR is not None:
-        away_B11TJ = distance(tile.queries, tile.keys)[:, None, None]
-        d_slopes_GR = -jnp.sum(d_scores_BGRCJ * away_B11TJ, axis=(0, 3, 4))
-    d_scores_BGRCJ = (d_scores_BGRCJ * rule.scale).astype(dtype)
-    d_q_BGRCK = _product("bgrcj,bgjk->bgrck", d_scores_BGRCJ, tile.k_BGJK)
-    d_k_BGJK = _product("bgrcj,bgrck->bgjk", d_scores_BGRCJ, tile.q_BGRCK)
+        away_B11CJ = distance(tile.queries, tile.keys)[:, None, None]
+        d_slopes_GR = -jnp.sum(_unfold(d_scores_BGSJ, tile) * away_B11CJ, axis=(0, 3, 4))
+    d_scores_BGSJ = (d_scores_BGSJ * rule.scale).astype(dtype)
+    d_q_BGRCK = _unfold(dot(d_scores_BGSJ, tile.k_BGJK), tile)
+    d_k_BGJK = columns_dot_columns(d_scores_BGSJ, _fold(tile.q_BGRCK))
     return TileGradients(d_q_BGRCK, d_k_BGJK, d_v_BGJV, d_slopes_GR)
 
 
@@ -78,16 +80,22 @@ def merge(
 
 
 def _scores(rule: Rule, tile: Tile) -> jax.Array:
-    scores_BGRCJ = _product("bgrck,bgjk->bgrcj", tile.q_BGRCK, tile.k_BGJK) * rule.scale
+    scores_BGSJ = rows_dot_rows(_fold(tile.q_BGRCK), tile.k_BGJK) * rule.scale
+    scores_BGRCJ = _unfold(scores_BGSJ, tile)
     if tile.slopes_GR is not None:
         away_B11CJ = distance(tile.queries, tile.keys)[:, None, None]
         scores_BGRCJ = scores_BGRCJ - tile.slopes_GR[:, :, None, None] * away_B11CJ
     seen_BCJ = visible(rule, tile.queries, tile.keys)
-    if seen_BCJ is None:
-        return scores_BGRCJ
-    return jnp.where(seen_BCJ[:, None, None], scores_BGRCJ, HIDDEN)
+    if seen_BCJ is not None:
+        scores_BGRCJ = jnp.where(seen_BCJ[:, None, None], scores_BGRCJ, HIDDEN)
+    return _fold(scores_BGRCJ)
 
 
-def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    dtype = accumulation_dtype(left, right)
-    return jnp.einsum(equation, left, right, preferred_element_type=dtype)
+def _fold(x_BGRCK: jax.Array) -> jax.Array:
+    """Query heads of one key head as more rows. XLA on CPU is slower at products with two axes of rows."""
+    batch, groups, _, _, size = x_BGRCK.shape
+    return x_BGRCK.reshape(batch, groups, -1, size)
+
+
+def _unfold(x_BGSK: jax.Array, tile: Tile) -> jax.Array:
+    return x_BGSK.reshape(*tile.q_BGRCK.shape[:4], x_BGSK.shape[-1])

@@ -30,29 +30,33 @@ def delta_rule(
         S_t = S + k_t (beta_t (v_t - ST k_t))T
         o_t = scale S_tT q_t
 
-    Shapes: q, k `[B, T, H, K]`; v and o `[B, T, H, V]`; beta `[B, T, H]`; log_decay None (no decay), `[B, T, H]` (one
-    decay a head) or `[B, T, H, K]` (one a key channel); state `[B, H, K, V]`, zeros if None; reset `[B, T]`.
-    Units: log_decay is a natural logarithm, at most 0; beta is a write strength in [0, 2]. With |k| <= 1 the state
-    cannot grow without bound; neither range is checked. `scale` None means K**-0.5.
+    Shapes: q, k `[B, T, H, K]`; v and o `[B, T, H, V]`; beta `[B, T, H]`; log_decay None (no decay),
+    `[B, T, H]` (one decay a head) or `[B, T, H, K]` (one a key channel); state `[B, H, K, V]`, zeros
+    if None; reset `[B, T]`.
+    Units: log_decay is a natural logarithm, at most 0; beta is a write strength in [0, 2], and a key
+    has a norm of at most 1: outside, the state may grow without bound. Neither is checked. `scale`
+    None means K**-0.5.
     A true `reset` at t sets the state before token t to zero: neither values nor gradients cross.
-    Any T from 1. `chunk` (tokens a tile, rounded up to a power of two) changes the speed alone; 32 was the fastest
-    on a CPU.
-    Returns o in the dtype of q and the state after the last token, float32 (float64 if an input is). Differentiable in
-    every floating argument. Everything but the products of q and k is computed in float32, for bfloat16 inputs too.
-    Decays below exp(-800), minus infinity included, count as 0.
-    Errors: ValueError for shapes or dtypes that disagree, chunk < 1, a positive log_decay (where its values are known),
-    or an implementation that is not available.
+    Any T from 1. `chunk` (tokens a tile, rounded up to a power of two) changes the speed alone; 32
+    is the fastest measured on a CPU.
+    Returns o in the dtype of q and the state after the last token, float32 (float64 if q, k or v
+    is). Differentiable in every floating argument. Everything but the products of q and k with k is
+    computed in float32, for bfloat16 inputs too. Decays below exp(-800), minus infinity included,
+    count as 0.
+    Errors: ValueError for shapes or dtypes that disagree, chunk < 1, a positive log_decay (where its
+    values are known), or an implementation that is not available.
     Source: arXiv:2406.06484 (no decay), arXiv:2412.06464 (per head), arXiv:2510.26692 (per channel).
     """
-    validate.check_axes(OP, {
-        "q": (q, "BTHK"),
-        "k": (k, "BTHK"),
-        "v": (v, "BTHV"),
-        "beta": (beta, "BTH"),
-        "log_decay": (log_decay, "BTH" if log_decay is not None and log_decay.ndim == 3 else "BTHK"),
-        "initial_state": (initial_state, "BHKV"),
-        "reset": (reset, "BT"),
-    })
+    validate.check_axes(
+        OP,
+        q=(q, "BTHK"),
+        k=(k, "BTHK"),
+        v=(v, "BTHV"),
+        beta=(beta, "BTH"),
+        log_decay=(log_decay, validate.decay_axes(log_decay)),
+        initial_state=(initial_state, "BHKV"),
+        reset=(reset, "BT"),
+    )
     validate.check_floating(
         OP, q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state
     )

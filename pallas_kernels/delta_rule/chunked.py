@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import chunks
+from pallas_kernels import chunks, products
 
 
 def delta_rule_chunked(q, k, v, beta, log_decay, initial_state, reset, *, scale, chunk):
     """Same as the reference; see `pallas_kernels.delta_rule` for shapes."""
     batch, tokens, heads, key_size = q.shape
-    dtype = chunks.accumulation_dtype(q, k, v)
+    dtype = products.accumulation_dtype(q, k, v)
     length = chunks.chunk_length(chunk, tokens)
     decay = chunks.chunk_decay(log_decay, reset, tokens, length, dtype)
     gates = chunks.gates(decay)
@@ -28,8 +28,8 @@ def delta_rule_chunked(q, k, v, beta, log_decay, initial_state, reset, *, scale,
     overlap_NBHCC = jnp.tril(chunks.decayed_products(k_NBHCK, k_NBHCK, decay), -1)
     solve_NBHCC = unit_lower_inverse(overlap_NBHCC * beta_NBHC[..., :, None])
     solve_NBHCC = solve_NBHCC * beta_NBHC[..., None, :]
-    reads_NBHCK = chunks.dot(solve_NBHCC, k_NBHCK * gates.enter_NBHCK)
-    values_NBHCV = chunks.dot(solve_NBHCC, v_NBHCV.astype(dtype))
+    reads_NBHCK = products.dot(solve_NBHCC, k_NBHCK * gates.enter_NBHCK)
+    values_NBHCV = products.dot(solve_NBHCC, v_NBHCV.astype(dtype))
     keys_NBHCK = k_NBHCK * gates.leave_NBHCK
     through_NBHK1 = jnp.broadcast_to(
         gates.through_NBHK1, (len(k_NBHCK), batch, heads, gates.through_NBHK1.shape[-2], 1)
@@ -38,8 +38,8 @@ def delta_rule_chunked(q, k, v, beta, log_decay, initial_state, reset, *, scale,
         reads_NBHCK, values_NBHCV, keys_NBHCK, through_NBHK1, state_BHKV
     )
     scores_NBHCC = chunks.decayed_products(q_NBHCK, k_NBHCK, decay)
-    o_NBHCV = chunks.dot(scores_NBHCC, written_NBHCV)
-    o_NBHCV = o_NBHCV + chunks.dot(q_NBHCK * gates.enter_NBHCK, entering_NBHKV)
+    o_NBHCV = products.dot(scores_NBHCC, written_NBHCV)
+    o_NBHCV = o_NBHCV + products.dot(q_NBHCK * gates.enter_NBHCK, entering_NBHKV)
     return chunks.join_chunks((scale * o_NBHCV).astype(q.dtype), tokens), state_BHKV
 
 
@@ -59,7 +59,7 @@ def unit_lower_inverse(strict_CC: jax.Array) -> jax.Array:
         below = same_pair & (row // size % 2 == 1) & (column // size % 2 == 0)
         link_CC = jnp.where(below, strict_CC, 0)
         if size > 1:
-            link_CC = chunks.dot(inverse_CC, chunks.dot(link_CC, inverse_CC))
+            link_CC = products.dot(inverse_CC, products.dot(link_CC, inverse_CC))
         inverse_CC = inverse_CC - link_CC
         size *= 2
     return inverse_CC
@@ -73,7 +73,7 @@ def _inverse_forward(strict_CC):
 def _inverse_backward(inverse_CC, cotangent_CC):
     """d (I + A)^-1 = -(I + A)^-1 dA (I + A)^-1."""
     left_CC = jnp.einsum("...ji,...jk->...ik", inverse_CC, cotangent_CC)
-    return (-jnp.tril(chunks.rows_dot_rows(left_CC, inverse_CC), -1),)
+    return (-jnp.tril(products.rows_dot_rows(left_CC, inverse_CC), -1),)
 
 
 unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
@@ -89,8 +89,8 @@ def _states(reads_NBHCK, values_NBHCV, keys_NBHCK, through_NBHK1, state_BHKV):
 
     def one_chunk(state_BHKV, xs):
         reads_BHCK, values_BHCV, keys_BHCK, through_BHK1 = xs
-        written_BHCV = values_BHCV - chunks.dot(reads_BHCK, state_BHKV)
-        next_BHKV = through_BHK1 * state_BHKV + chunks.columns_dot_columns(keys_BHCK, written_BHCV)
+        written_BHCV = values_BHCV - products.dot(reads_BHCK, state_BHKV)
+        next_BHKV = through_BHK1 * state_BHKV + products.columns_dot_columns(keys_BHCK, written_BHCV)
         return next_BHKV, (state_BHKV, written_BHCV)
 
     xs = (reads_NBHCK, values_NBHCV, keys_NBHCK, through_NBHK1)
@@ -109,9 +109,9 @@ def _states_backward(residuals, cotangents):
 
     def one_chunk(d_next_BHKV, xs):
         reads_BHCK, keys_BHCK, through_BHK1, d_entering_BHKV, d_written_BHCV = xs
-        d_written_BHCV = d_written_BHCV + chunks.dot(keys_BHCK, d_next_BHKV)
+        d_written_BHCV = d_written_BHCV + products.dot(keys_BHCK, d_next_BHKV)
         d_state_BHKV = d_entering_BHKV + through_BHK1 * d_next_BHKV
-        d_state_BHKV = d_state_BHKV - chunks.columns_dot_columns(reads_BHCK, d_written_BHCV)
+        d_state_BHKV = d_state_BHKV - products.columns_dot_columns(reads_BHCK, d_written_BHCV)
         return d_state_BHKV, (d_next_BHKV, d_written_BHCV)
 
     xs = (reads_NBHCK, keys_NBHCK, through_NBHK1, d_entering_NBHKV, d_written_NBHCV)
@@ -121,8 +121,8 @@ def _states_backward(residuals, cotangents):
     d_through = jnp.sum(entering_NBHKV * d_next_NBHKV, axis=-1, keepdims=True)
     if through_NBHK1.shape[-2] == 1:
         d_through = jnp.sum(d_through, axis=-2, keepdims=True)
-    d_reads_NBHCK = -chunks.rows_dot_rows(d_written_NBHCV, entering_NBHKV)
-    d_keys_NBHCK = chunks.rows_dot_rows(written_NBHCV, d_next_NBHKV)
+    d_reads_NBHCK = -products.rows_dot_rows(d_written_NBHCV, entering_NBHKV)
+    d_keys_NBHCK = products.rows_dot_rows(written_NBHCV, d_next_NBHKV)
     return d_reads_NBHCK, d_written_NBHCV, d_keys_NBHCK, d_through, d_state_BHKV
 
 

@@ -28,26 +28,29 @@ def linear_attention(
         S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_tT
         o_t = scale S_tT q_t
 
-    Shapes: q, k `[B, T, H, K]`; v and o `[B, T, H, V]`; log_decay None (no decay), `[B, T, H]` (one decay a head) or
-    `[B, T, H, K]` (one a key channel); state `[B, H, K, V]`, zeros if None; reset `[B, T]`.
+    Shapes: q, k `[B, T, H, K]`; v and o `[B, T, H, V]`; log_decay None (no decay), `[B, T, H]`
+    (one decay a head) or `[B, T, H, K]` (one a key channel); state `[B, H, K, V]`, zeros if None;
+    reset `[B, T]`.
     Units: log_decay is a natural logarithm, at most 0; `scale` None means K**-0.5.
     A true `reset` at t sets the state before token t to zero: neither values nor gradients cross.
     Any T from 1. `chunk` (tokens a tile, rounded up to a power of two) changes the speed alone.
-    Returns o in the dtype of q and the state after the last token, float32 (float64 if an input is). Differentiable in
-    every floating argument. Inputs in bfloat16 are multiplied in bfloat16 and accumulated in float32; decays and
-    states are float32. Decays below exp(-800), minus infinity included, count as 0.
-    Errors: ValueError for shapes or dtypes that disagree, chunk < 1, a positive log_decay (where its values are known),
-    or an implementation that is not available.
+    Returns o in the dtype of q and the state after the last token, float32 (float64 if q, k or v
+    is). Differentiable in every floating argument. Inputs in bfloat16 are multiplied in bfloat16
+    and accumulated in float32; decays and states are float32. Decays below exp(-800), minus
+    infinity included, count as 0.
+    Errors: ValueError for shapes or dtypes that disagree, chunk < 1, a positive log_decay (where its
+    values are known), or an implementation that is not available.
     Source: arXiv:2006.16236 (no decay), arXiv:2307.08621 (per head), arXiv:2312.06635 (per channel).
     """
-    validate.check_axes(OP, {
-        "q": (q, "BTHK"),
-        "k": (k, "BTHK"),
-        "v": (v, "BTHV"),
-        "log_decay": (log_decay, "BTH" if log_decay is not None and log_decay.ndim == 3 else "BTHK"),
-        "initial_state": (initial_state, "BHKV"),
-        "reset": (reset, "BT"),
-    })
+    validate.check_axes(
+        OP,
+        q=(q, "BTHK"),
+        k=(k, "BTHK"),
+        v=(v, "BTHV"),
+        log_decay=(log_decay, validate.decay_axes(log_decay)),
+        initial_state=(initial_state, "BHKV"),
+        reset=(reset, "BT"),
+    )
     validate.check_floating(OP, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     validate.check_reset(OP, reset)
     validate.check_tokens(OP, q.shape[1])

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import chunks
+from pallas_kernels import chunks, products
 
 
 def linear_attention_chunked(q, k, v, log_decay, initial_state, reset, *, scale, chunk):
     """Same as the reference; see `pallas_kernels.linear_attention` for shapes."""
     batch, tokens, heads, key_size = q.shape
-    dtype = chunks.accumulation_dtype(q, k, v)
+    dtype = products.accumulation_dtype(q, k, v)
     length = chunks.chunk_length(chunk, tokens)
     decay = chunks.chunk_decay(log_decay, reset, tokens, length, dtype)
     gates = chunks.gates(decay)
@@ -22,11 +22,11 @@ def linear_attention_chunked(q, k, v, log_decay, initial_state, reset, *, scale,
 
     scores_NBHCC = chunks.decayed_products(q_NBHCK, k_NBHCK, decay)
     written_NBHCK = (k_NBHCK * gates.leave_NBHCK).astype(k.dtype)
-    increment_NBHKV = chunks.columns_dot_columns(written_NBHCK, v_NBHCV)
+    increment_NBHKV = products.columns_dot_columns(written_NBHCK, v_NBHCV)
     state_BHKV, entering_NBHKV = _states(state_BHKV, gates.through_NBHK1, increment_NBHKV)
     read_NBHCK = (q_NBHCK * gates.enter_NBHCK).astype(q.dtype)
-    o_NBHCV = chunks.dot(scores_NBHCC.astype(v.dtype), v_NBHCV)
-    o_NBHCV = o_NBHCV + chunks.dot(read_NBHCK, entering_NBHKV.astype(q.dtype))
+    o_NBHCV = products.dot(scores_NBHCC.astype(v.dtype), v_NBHCV)
+    o_NBHCV = o_NBHCV + products.dot(read_NBHCK, entering_NBHKV.astype(q.dtype))
     return chunks.join_chunks((scale * o_NBHCV).astype(q.dtype), tokens), state_BHKV
 
 

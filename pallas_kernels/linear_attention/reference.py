@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.products import accumulation_dtype
 
 
 def linear_attention_reference(q, k, v, log_decay, initial_state, reset, *, scale, chunk):

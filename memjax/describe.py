@@ -1,0 +1,105 @@
+"""What a config costs before anything runs: parameters, state, FLOPs, memory."""
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from memjax.experiment import Experiment
+from memjax.model import LanguageModel, Model, make_mixer, split
+
+TRAINING_FACTOR = 3.0
+"""A backward pass does twice the products of a forward pass."""
+
+OPTIMIZER_COPIES = {"adamw": 2, "muon": 1, "lion": 1}
+
+
+def parameter_shapes(config: Model, vocab_size: int) -> dict:
+    """Shapes of all parameters, as nested dicts; nothing is allocated."""
+    lm = nnx.eval_shape(lambda: LanguageModel(config, vocab_size, rngs=nnx.Rngs(0)))
+    return split(lm)[1]
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def count_parameters(config: Model, vocab_size: int) -> dict[str, int]:
+    """Parameters by part; `total` is their sum, `non_embedding` leaves out input and output."""
+    shapes = parameter_shapes(config, vocab_size)
+    parts = {"embedding": _size(shapes["embedding"]), "output": _size(shapes.get("output", {}))}
+    for name, block in shapes["patterns"]["blocks"].items():
+        for part, tree in block.items():
+            parts[f"{name.partition('_')[2]}.{part}"] = (
+                parts.get(f"{name.partition('_')[2]}.{part}", 0) + _size(tree)
+            )
+    parts["norm"] = _size(shapes["norm"])
+    total = sum(parts.values())
+    non_embedding = total - parts["embedding"] - parts["output"]
+    return {**parts, "total": total, "non_embedding": non_embedding}
+
+
+def mixer_reports(config: Model, segment: int) -> list[dict[str, Any]]:
+    """State and forward FLOPs of each layer's mixer, in order."""
+    reports = {}
+    for name in dict.fromkeys(config.pattern):
+        mixer_config = config.mixer(name)
+        mixer = nnx.eval_shape(
+            lambda c=mixer_config: make_mixer(c, config.d_model, rngs=nnx.Rngs(0))
+        )
+        report = mixer.memory_report(segment)
+        reports[name] = {
+            "mixer": name,
+            "kind": mixer_config.kind,
+            "state_bytes": report.state_bytes,
+            "flops_per_token": report.flops_per_token,
+            "recurrence_flops": report.recurrence_flops,
+        }
+    layers = config.pattern * config.repeat
+    return [{"layer": i, **reports[name]} for i, name in enumerate(layers)]
+
+
+def flops(config: Model, vocab_size: int, segment: int) -> dict[str, float]:
+    """Floating-point operations a token; `mfu_counts` is training without the recurrences."""
+    layers = mixer_reports(config, segment)
+    width = config.mlp.width(config.d_model) if config.mlp else 0
+    dense = len(layers) * 6.0 * config.d_model * width + 2.0 * config.d_model * vocab_size
+    forward = dense + sum(layer["flops_per_token"] for layer in layers)
+    recurrence = sum(layer["recurrence_flops"] for layer in layers)
+    return {
+        "forward": forward,
+        "training": TRAINING_FACTOR * forward,
+        "mfu_counts": TRAINING_FACTOR * (forward - recurrence),
+    }
+
+
+def describe(experiment: Experiment, vocab_size: int) -> dict[str, Any]:
+    """Parameters by part, state bytes a sequence by layer, FLOPs a token, memory estimate.
+
+    The memory estimate holds parameters, gradients and optimizer state in float32, and the
+    carried state; activations depend on the compiled program, which `memjax bench` measures.
+    """
+    segment = experiment.data.sequence
+    parameters = count_parameters(experiment.model, vocab_size)
+    layers = mixer_reports(experiment.model, segment)
+    operations = flops(experiment.model, vocab_size, segment)
+    copies = 2 + OPTIMIZER_COPIES[experiment.optimizer.name]
+    copies += experiment.optimizer.ema is not None
+    state = sum(layer["state_bytes"] for layer in layers)
+    return {
+        "params": parameters["total"],
+        "non_embedding_params": parameters["non_embedding"],
+        "parameters": parameters,
+        "vocab_size": vocab_size,
+        "layers": layers,
+        "state_bytes_per_sequence": state,
+        "flops_per_token": operations["training"],
+        "forward_flops_per_token": operations["forward"],
+        "tokens_per_step": experiment.data.batch * segment * experiment.train.horizon,
+        "memory_bytes": {
+            "parameters": 4 * parameters["total"],
+            "parameters_gradients_optimizer": 4 * copies * parameters["total"],
+            "carried_state": state * experiment.data.batch if experiment.train.carry else 0,
+        },
+    }

@@ -1,0 +1,182 @@
+"""What `memjax eval` and `memjax generate` do with a trained run."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from memjax.config import ConfigError, build
+from memjax.data import Data, DataError, Tokenizer, open_corpus
+from memjax.evals.config import Eval
+from memjax.evals.generation import generate
+from memjax.evals.perplexity import evaluate
+from memjax.evals.progress import scoring
+from memjax.evals.protocols import resolve, take
+from memjax.experiment import Experiment
+from memjax.training.checkpoint import load_params
+
+TASKS = ("wikitext", "pg19", "text", "stdlib")
+
+
+def run_eval(
+    workdir: str | Path,
+    *,
+    task: str | None = None,
+    data: str | None = None,
+    split: str = "test",
+    protocol: str | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    carry: bool | None = None,
+    batch: int | None = None,
+    step: int | None = None,
+    max_documents: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run and write `eval/<task>-<split>-<protocol>-....json` in its folder.
+
+    task: None is the run's own source, and then data may be left out.
+    protocol, context, stride, carry, batch: None is what the run's config says.
+    step: None is the newest checkpoint. The averaged weights are used if the run has them.
+    max_documents: score only the first documents of the split (the result says so).
+
+    Returns what was written (`memjax.evals.result.Result.to_dict`). Raises ConfigError or
+    DataError, one line, for a mistake of the caller.
+    """
+    experiment, parts, tokenizer_path, step = load_params(workdir, step=step)
+    settings = eval_config(
+        experiment.eval,
+        protocol=protocol,
+        context=context,
+        stride=stride,
+        carry=carry,
+        batch=batch,
+    )
+    sequence = experiment.data.sequence
+    cut = resolve(settings, sequence)
+    if max_documents is not None and max_documents < 1:
+        raise ConfigError(f"--max_documents={max_documents} must be at least 1")
+    tokenizer = Tokenizer.load(tokenizer_path)
+    corpus = open_corpus(task_data(experiment, task, data), split, tokenizer=tokenizer)
+    total = sum(span.targets for span in take(corpus, cut.context, None, max_documents))
+    with scoring(f"{corpus.source} {corpus.split} {cut.name}", total) as progress:
+        result = evaluate(
+            parts,
+            corpus,
+            settings,
+            sequence=sequence,
+            max_documents=max_documents,
+            step=step,
+            progress=progress,
+        )
+    values = result.to_dict()
+    name = [corpus.source, corpus.split, cut.name, f"context{cut.context}"]
+    name += [f"stride{cut.stride}"] if cut.stride is not None else []
+    name += ["zeroed"] if cut.name == "stream" and not cut.carry else []
+    name += [f"documents{max_documents}"] if max_documents is not None else []
+    write_json(Path(workdir) / "eval" / f"{'-'.join([*name, f'step{step}'])}.json", values)
+    return values
+
+
+def run_generate(
+    workdir: str | Path,
+    *,
+    prompt: str = "",
+    prompt_file: str | Path | None = None,
+    tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    step: int | None = None,
+    echo: bool = False,
+) -> dict[str, Any]:
+    """Continue a prompt with a run: `prompt, text, tokens, seed, step`; text is what is new.
+
+    prompt_file: read the prompt from there instead. echo: print the prompt, then the text as it is
+    made. Raises ConfigError or DataError, one line, for a mistake of the caller.
+    """
+    if prompt_file is not None:
+        prompt = _read_text(Path(prompt_file))
+    experiment, parts, tokenizer_path, step = load_params(workdir, step=step)
+
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    if echo:
+        show(prompt)
+    text = generate(
+        parts,
+        Tokenizer.load(tokenizer_path),
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        segment=experiment.data.sequence,
+        stream=show if echo else None,
+    )
+    if echo:
+        show("\n")
+    return {"prompt": prompt, "text": text, "tokens": tokens, "seed": seed, "step": step}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"--prompt-file={path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt-file={path}: not UTF-8 at byte {error.start}") from None
+
+
+def eval_config(
+    config: Eval,
+    *,
+    protocol: str | None,
+    context: int | None,
+    stride: int | None,
+    carry: bool | None,
+    batch: int | None,
+) -> Eval:
+    """The run's evaluation config with what the caller set; errors name the flags."""
+    chosen = config.protocol if protocol is None else protocol
+    if carry and chosen != "stream":
+        raise ConfigError(f"--carry=true needs --protocol=stream, not {chosen}: it has no state")
+    given = {"context": context, "stride": stride, "carry": carry, "batch": batch}
+    changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    if stride is None and (chosen != "sliding" or context is not None):
+        changes["stride"] = None
+    return build(Eval, {**_fields(config), **changes, "protocol": chosen}, "eval")
+
+
+def task_data(experiment: Experiment, task: str | None, path: str | None) -> Data:
+    """Where the text of a task is; the tokenizer settings stay those of the run."""
+    data = experiment.data
+    task = data.source if task is None else task
+    if task not in TASKS:
+        raise ConfigError(f"--task={task} must be one of {', '.join(TASKS)}")
+    if path is None and task == data.source:
+        return data
+    if path is None and task != "stdlib":
+        raise DataError(f"--task={task} needs --data=PATH: the run was trained on {data.source}")
+    return build(Data, {**_fields(data), "source": task, "path": path}, "data")
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a file that appears whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        part.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise DataError(f"{path} cannot be written ({error.strerror}); make room there") from None

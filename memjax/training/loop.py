@@ -1,0 +1,292 @@
+"""The training loop: from a config and a folder to a trained model, stopped and resumed exactly."""
+
+import contextlib
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+
+import memjax
+from memjax import config as configs
+from memjax.config import ConfigError
+from memjax.data import Corpus, open_corpus
+from memjax.data.streams import Batch, batches, iterate
+from memjax.evals.perplexity import quick_eval
+from memjax.experiment import Experiment
+from memjax.training import workdir as workdirs
+from memjax.training.checkpoint import Checkpoints, list_steps, read_meta
+from memjax.training.clock import Clock
+from memjax.training.errors import Diverged, Interrupted, TrainingError
+from memjax.training.metrics import check_wandb, open_sinks
+from memjax.training.profiler import Profiler
+from memjax.training.progress import Report, make_report
+from memjax.training.signals import Stop, caught
+from memjax.training.step import Metrics, Trainer, TrainState, make_trainer, put_batch
+
+
+def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
+    """Train to experiment.train.steps in `workdir`, from its newest checkpoint if it has one.
+
+    Returns a summary: step, steps, loss, eval_loss, tokens, seconds, skipped, parameters, workdir
+    and already_finished (nothing was done).
+
+    Raises ConfigError or DataError for what the user can mend, TrainingError if the run cannot go
+    on, Interrupted after a signal: the state is saved, and the same call goes on.
+    """
+    folder = Path(workdir)
+    first = jax.process_index() == 0
+    with workdirs.locked(folder) if first else contextlib.nullcontext():
+        check_wandb(experiment.train.wandb)
+        changed = workdirs.changes(folder, experiment)
+        report = make_report(experiment.train.steps, first)
+        finished = _finished(experiment, folder)
+        if finished is not None:
+            report.note(f"{folder} is finished: it has {finished['step']} steps")
+            return finished
+        with caught() as stop:
+            run = _Run(experiment, folder, report, stop)
+            _note_changes(report, experiment, changed)
+            return run.run()
+
+
+def _finished(experiment: Experiment, workdir: Path) -> dict[str, Any] | None:
+    """The summary of a run that has all its steps; None if there is something to do."""
+    steps = list_steps(workdir / "checkpoints")
+    if not steps or steps[-1] < experiment.train.steps:
+        return None
+    meta = read_meta(workdir / "checkpoints" / str(steps[-1]))
+    return None if meta is None else {**meta["summary"], "already_finished": True}
+
+
+def _note_changes(report: Report, experiment: Experiment, changed: dict) -> None:
+    for key, (old, new) in changed.items():
+        report.note(f"{key}: {old} -> {new}")
+    follows = experiment.optimizer.schedule != "constant"
+    if "config.train.steps" in changed and follows and experiment.optimizer.schedule_steps is None:
+        report.note("the learning rate follows the new train.steps from here on")
+
+
+class _Run:
+    """A run in progress: everything it holds between steps.
+
+    state and step belong together; pending are metrics of `step` not yet fetched.
+    """
+
+    def __init__(self, experiment: Experiment, workdir: Path, report: Report, stop: Stop):
+        self.experiment, self.workdir, self.report, self.stop = experiment, workdir, report, stop
+        self.corpus = open_corpus(experiment.data, "train")
+        tokenizer = self.corpus.tokenizer
+        self.valid: Corpus | None = None
+        if experiment.eval.every is not None:
+            self.valid = open_corpus(experiment.data, "valid", tokenizer)
+        process = (jax.process_index(), jax.process_count())
+        self.stream: grain.MapDataset = batches(
+            experiment.data, self.corpus, segments=experiment.train.horizon, process=process
+        )
+        self.trainer: Trainer = make_trainer(experiment, tokenizer.vocab_size)
+        if process[0] == 0:
+            workdirs.write_run(workdir, experiment, tokenizer)
+        keep = experiment.checkpoint
+        self.checkpoints = Checkpoints(workdir / "checkpoints", keep.keep, keep.keep_best)
+        self.step = self.saved = self.evaluated = 0
+        self.pending: tuple[int, Metrics] | None = None
+        self.last: dict[str, Any] = {}
+        self.eval_loss: float | None = None
+        self.state, self.clock = self._begin()
+        self.best = self.checkpoints.best_loss()
+
+    def _begin(self) -> tuple[TrainState, Clock]:
+        """The state to go on with: that of the newest sound checkpoint, or a new one."""
+        restored = self.checkpoints.restore(self.trainer.abstract)
+        if restored is None:
+            return self.trainer.init(), Clock()
+        for line in restored.report:
+            self.report.note(line)
+        meta = restored.meta
+        if meta["corpus"] != self.corpus.digest:
+            raise ConfigError(
+                f"the data changed since the run in {self.workdir} began (corpus digest "
+                f"{meta['corpus'][:12]} -> {self.corpus.digest[:12]}); bring back the old data, "
+                "or choose another --workdir"
+            )
+        self.step = self.saved = restored.step
+        self.last = meta["summary"]
+        self.report.note(f"going on from step {restored.step} of {self.workdir}")
+        return restored.state, Clock(meta["summary"]["tokens"], meta["summary"]["seconds"])
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end."""
+        train = self.experiment.train
+        first = jax.process_index() == 0
+        self.sinks = open_sinks(self.experiment, self.workdir, self.step) if first else []
+        self.report.note(self._headline())
+        self.report.start(self.step)
+        try:
+            with (
+                contextlib.closing(self._batches()) as stream,
+                Profiler(train.profile, self.workdir / "profile") as profiler,
+            ):
+                while self.step < train.steps:
+                    profiler.before(self.step + 1)
+                    self._advance(next(stream))
+                    profiler.after(self.step, self.state)
+                    self._boundary()
+            self._save()
+            self.checkpoints.wait()
+            return self._summary()
+        except Exception as error:
+            self._rescue(error)
+            raise
+        finally:
+            for sink in self.sinks:
+                sink.close()
+            self.report.close()
+
+    def _batches(self) -> Generator[Batch]:
+        return iterate(self.stream, self.step, self.experiment.data.threads)
+
+    def _advance(self, batch: Batch) -> None:
+        """One step; the metrics of the one before are fetched while it runs."""
+        arrays = put_batch(batch, self.trainer.mesh)
+        before = self.pending
+        self.state, metrics = self.trainer.step(self.state, arrays)
+        self.step += 1
+        self.pending = (self.step, metrics)
+        if before is not None:
+            self._settle(*before)
+
+    def _boundary(self) -> None:
+        """What is due after the step: evaluation, a checkpoint, an end by a signal."""
+        config, step = self.experiment, self.step
+        last = step == config.train.steps
+        every = config.eval.every
+        evaluate = every is not None and (step % every == 0 or last)
+        received = self.stop.after(step)
+        save = step % config.checkpoint.every == 0 or last or received is not None
+        if not (evaluate or save):
+            return
+        values = self._evaluate() if evaluate else {}
+        self._fetch(values)
+        loss = values.get("eval_loss")
+        better = loss is not None and (self.best is None or loss < self.best)
+        if better:
+            self.best = loss
+        if save or (better and config.checkpoint.keep_best > 0):
+            self._save()
+        if received is not None and not last:
+            self.checkpoints.wait()
+            raise Interrupted(received, step)
+
+    def _fetch(self, values: dict[str, float] | None = None) -> None:
+        """Wait for the newest step and take note of its metrics."""
+        if self.pending is not None:
+            (step, metrics), self.pending = self.pending, None
+            self._settle(step, metrics, values)
+
+    def _settle(self, step: int, metrics: Metrics, values: dict[str, float] | None = None) -> None:
+        """Take note of the metrics of a step; write a record if one is due."""
+        train, metrics = self.experiment.train, jax.device_get(metrics)
+        self.clock.step(round(float(metrics.tokens)))
+        self.report.step(step)
+        self.last = {
+            "step": step,
+            "loss": float(metrics.loss),
+            "tokens": self.clock.tokens,
+            "tokens_per_s": 0.0,
+            "learning_rate": float(metrics.learning_rate),
+            "grad_norm": float(metrics.grad_norm),
+            "skipped": int(metrics.skipped),
+            "seconds": self.clock.seconds(),
+        }
+        if not metrics.finite:
+            self._skipped(step, metrics)
+        if step % train.log_every == 0 or step == train.steps or values:
+            record = self.last | {"tokens_per_s": self.clock.rate()} | (values or {})
+            for sink in self.sinks:
+                sink.write(record)
+            self.report.record(record)
+
+    def _skipped(self, step: int, metrics: Metrics) -> None:
+        row, limit = int(metrics.skipped_in_row), self.experiment.train.max_skipped
+        self.report.note(
+            f"step {step} (batch {step - 1}) left out: loss {float(metrics.loss):.4g}, gradient "
+            f"norm {float(metrics.grad_norm):.4g}"
+        )
+        if row >= limit:
+            kept = self.checkpoints.steps()
+            there = f"the newest checkpoint is of step {kept[-1]}" if kept else "none was saved"
+            raise Diverged(
+                f"steps {step - row + 1} to {step} (batches {step - row} to {step - 1}) had a "
+                f"non-finite loss or gradient, train.max_skipped={limit} in a row; {there}; lower "
+                "optimizer.learning_rate, or set optimizer.clip"
+            )
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.valid is not None
+        with self.clock.paused():
+            params = self.state.params if self.state.ema == () else self.state.ema
+            values = quick_eval(
+                (self.trainer.definition, params),
+                self.valid,
+                self.experiment.eval,
+                sequence=self.experiment.data.sequence,
+                mesh=self.trainer.mesh,
+            )
+        self.eval_loss, self.evaluated = values["eval_loss"], self.step
+        return values
+
+    def _save(self) -> None:
+        if self.saved == self.step:
+            return
+        self._fetch()
+        with self.clock.paused():
+            meta = {
+                "position": self.step,
+                "corpus": self.corpus.digest,
+                "tokenizer": self.corpus.tokenizer.digest,
+                "config": configs.to_dict(self.experiment),
+                "version": memjax.__version__,
+                "eval_loss": self.eval_loss if self.evaluated == self.step else None,
+                "summary": self._summary(),
+            }
+            self.checkpoints.save(self.step, self.state, meta)
+        self.saved = self.step
+
+    def _rescue(self, error: Exception) -> None:
+        """Save the last good state, if there is one, before `error` ends the run."""
+        expected = isinstance(error, TrainingError | Interrupted)
+        alive = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        with contextlib.suppress(Exception):  # `error` is what the user must see
+            if not expected and alive and jax.process_count() == 1:
+                self._save()
+                self.report.note(f"saved at step {self.step} before the error below")
+            self.checkpoints.wait()
+
+    def _headline(self) -> str:
+        data, train = self.experiment.data, self.experiment.train
+        count = self._parameters()
+        devices = self.trainer.mesh.devices.size
+        tokens = data.batch * data.sequence * train.horizon
+        return (
+            f"{count:,} parameters, {tokens:,} tokens a step, {devices} "
+            f"{jax.devices()[0].platform} device{'s' if devices > 1 else ''}"
+        )
+
+    def _parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "steps": self.experiment.train.steps,
+            "loss": self.last.get("loss"),
+            "eval_loss": self.eval_loss,
+            "tokens": self.clock.tokens,
+            "seconds": self.clock.seconds(),
+            "skipped": self.last.get("skipped", 0),
+            "parameters": self._parameters(),
+            "workdir": str(self.workdir),
+            "already_finished": False,
+        }

@@ -1,0 +1,122 @@
+"""Progress of training: a bar on a terminal, plain lines elsewhere, both on stderr."""
+
+import math
+import sys
+import time
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINES_APART_S = 2.0
+
+
+class Report(Protocol):
+    """Shows how far a run is."""
+
+    def start(self, step: int) -> None: ...
+
+    def step(self, step: int) -> None: ...
+
+    def record(self, record: dict[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Bar:
+    """Steps, loss, tokens a second, time left and the last evaluation, on one line."""
+
+    def __init__(self, steps: int):
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+        )
+        self._console = Console(stderr=True)
+        self._progress = Progress(*columns, console=self._console, refresh_per_second=4)
+        self._task = self._progress.add_task("training", total=steps, shown="compiling")
+        self._eval = ""
+
+    def start(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+        self._progress.start()
+
+    def step(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def record(self, record: dict[str, Any]) -> None:
+        if "eval_loss" in record:
+            self._eval = f"  valid {record['eval_loss']:.4f}"
+        self._progress.update(self._task, shown=_show(record) + self._eval)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class Lines:
+    """A line a record, at most one in two seconds, but the first and the last always."""
+
+    def __init__(self, steps: int):
+        self._steps, self._last, self._held = steps, -math.inf, ""
+
+    def start(self, step: int) -> None:
+        pass
+
+    def step(self, step: int) -> None:
+        pass
+
+    def record(self, record: dict[str, Any]) -> None:
+        valid = f"  valid {record['eval_loss']:.4f}" if "eval_loss" in record else ""
+        self._held = f"step {record['step']}/{self._steps}  {_show(record)}{valid}"
+        due = time.monotonic() - self._last >= LINES_APART_S
+        if due or valid or record["step"] == self._steps:
+            self._flush()
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            print(self._held, file=sys.stderr, flush=True)
+            self._held, self._last = "", time.monotonic()
+
+
+class Silent:
+    """For every process but the first."""
+
+    def start(self, step: int) -> None:
+        pass
+
+    def step(self, step: int) -> None:
+        pass
+
+    def record(self, record: dict[str, Any]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def make_report(steps: int, first_process: bool) -> Report:
+    """What suits stderr."""
+    if not first_process:
+        return Silent()
+    return Bar(steps) if sys.stderr.isatty() else Lines(steps)
+
+
+def _show(record: dict[str, Any]) -> str:
+    skipped = f"  skipped {record['skipped']}" if record["skipped"] else ""
+    return f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s{skipped}"

@@ -1,0 +1,146 @@
+"""The folder of a run: one config, one corpus, one live process.
+
+    config.json  tokenizer.json  checkpoints/  metrics.jsonl  tensorboard/  eval/  profile/
+"""
+
+import fcntl
+import fnmatch
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from memjax import config as configs
+from memjax.config import ConfigError
+from memjax.data import Tokenizer
+from memjax.experiment import Experiment
+
+FREE = (  # fields that do not change what a step computes
+    "config.checkpoint.*",
+    "config.eval.*",
+    "config.mesh.*",
+    "config.train.steps",
+    "config.train.log_every",
+    "config.train.tensorboard",
+    "config.train.wandb",
+    "config.train.profile",
+    "config.train.max_skipped",
+    "config.data.cache",
+    "config.data.threads",
+    "config.model.layers",
+    "config.model.remat",
+)
+CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", ".lock"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` whole. Raises ConfigError, naming it, if it cannot be written."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(part, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); make room there, or "
+                          "choose another --workdir") from None
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Make the folder and hold it for this process. Raises ConfigError if another holds it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        strangers = sorted(p.name for p in workdir.iterdir() if p.name != LOCK)
+        if strangers and CONFIG not in strangers and not _only_ours(strangers):
+            raise ConfigError(
+                f"--workdir={workdir} holds other files ({', '.join(strangers[:3])}) but no run; "
+                "choose a new or an empty folder"
+            )
+        lock = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={workdir} cannot be used ({error.strerror}); choose a folder you can "
+            "write to"
+        ) from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"--workdir={workdir} is in use by another process; wait for it to end, or choose "
+                "another --workdir"
+            ) from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def _only_ours(names: list[str]) -> bool:
+    """Whether these are what a start that was killed leaves."""
+    return all(fnmatch.fnmatch(name, f".{CONFIG}.*") for name in names)
+
+
+def load_experiment(workdir: Path) -> Experiment:
+    """The config of the run in `workdir`. Raises ConfigError if there is none."""
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"--workdir={workdir} holds no run: there is no {CONFIG} in it")
+    return configs.build(Experiment, _read_json(path))
+
+
+def load_tokenizer(workdir: Path) -> Tokenizer:
+    """The tokenizer of the run in `workdir`. Raises DataError if it is missing or damaged."""
+    return Tokenizer.load(workdir / TOKENIZER)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}); restore it, or choose another --workdir"
+        ) from None
+
+
+def changes(workdir: Path, experiment: Experiment) -> dict[str, tuple[Any, Any]]:
+    """Free fields that differ from those of the run: path -> (old, new); empty for a new run.
+
+    Raises ConfigError if a field that is not free differs.
+    """
+    path = workdir / CONFIG
+    if not path.is_file():
+        return {}
+    differences = configs.diff(_read_json(path), experiment)
+    bound = {
+        key: pair
+        for key, pair in differences.items()
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
+    }
+    if bound:
+        count = f"{len(bound)} field{'s' if len(bound) > 1 else ''}"
+        shown = [f"{key}: {old} -> {new}" for key, (old, new) in bound.items()]
+        more = f", and {len(shown) - 3} more" if len(shown) > 3 else ""
+        raise ConfigError(
+            f"--workdir={workdir} holds a run with another config: {count} "
+            f"differ{'s' if len(bound) == 1 else ''} ({', '.join(shown[:3])}{more}); choose "
+            "another --workdir, or run with its config.json"
+        )
+    return differences
+
+
+def write_run(workdir: Path, experiment: Experiment, tokenizer: Tokenizer) -> None:
+    """Save what is needed to run again and to evaluate: the tokenizer first, then the config."""
+    path = workdir / TOKENIZER
+    if path.is_file() and Tokenizer.load(path).digest != tokenizer.digest:
+        raise ConfigError(
+            f"{path} differs from the tokenizer of the data: the data changed since the run "
+            "began; bring back the old data, or choose another --workdir"
+        )
+    write_atomically(workdir / CONFIG, configs.to_json(experiment))
+    if not path.is_file():
+        tokenizer.save(path)

@@ -1,0 +1,170 @@
+"""The language model: the laws of a mixer hold for it, and speed settings change nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import model_of
+from flax import nnx
+
+from memjax.config import ConfigError
+from memjax.mixers import LSTM, Attention
+from memjax.model import LANE_AXIS, LanguageModel, Model, logical_axes, merge, split
+
+LENGTH = 29
+
+
+def tokens(length=LENGTH, batch=3, seed=0):
+    tokens_BT = jax.random.randint(jax.random.key(seed), (batch, length), 0, 31)
+    reset_BT = jnp.zeros((batch, length), bool).at[0, 4].set(True).at[2, 0].set(True)
+    return tokens_BT, reset_BT
+
+
+@jax.jit
+def apply(lm, state, tokens_BT, reset_BT):
+    return lm(state, tokens_BT, reset_BT)
+
+
+def assert_close(got, want, tolerance=2e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return model_of()
+
+
+def test_any_split_of_a_text_equals_the_whole(lm):
+    x, reset = tokens()
+    want_state, want = apply(lm, lm.init_state(3), x, reset)
+    state, parts, at = lm.init_state(3), [], 0
+    for length in (10, 1, 1, 7, 10):
+        piece = slice(at, at + length)
+        state, logits = apply(lm, state, x[:, piece], reset[:, piece])
+        parts.append(logits)
+        at += length
+    assert_close(jnp.concatenate(parts, 1), want)
+    assert_close(state, want_state)
+
+
+def test_later_tokens_and_other_lanes_and_documents_change_nothing(lm):
+    x, reset = tokens()
+    state = lm.init_state(3)
+    _, want = apply(lm, state, x, reset)
+    _, later = apply(lm, state, x.at[:, 20:].set(0), reset)
+    assert_close(later[:, :20], want[:, :20], 1e-6)
+    _, lanes = apply(lm, state, x.at[0].set(0), reset)
+    assert_close(lanes[1:], want[1:], 1e-6)
+    _, document = apply(lm, state, x.at[0, :4].set(0), reset)
+    assert_close(document[0, 4:], want[0, 4:], 1e-6)
+    assert jnp.abs(document[0, :4] - want[0, :4]).max() > 1e-4
+
+
+def test_lanes_of_the_state_are_on_the_lane_axis(lm):
+    x, reset = tokens()
+    state, _ = apply(lm, lm.init_state(3), x, reset)
+    order = jnp.array([2, 0, 1])
+    swapped, _ = apply(lm, lm.init_state(3), x[order], reset[order])
+    assert_close(swapped, jax.tree.map(lambda a: jnp.take(a, order, LANE_AXIS), state))
+
+
+@pytest.mark.parametrize("change", [dict(layers="unroll"), dict(remat="dots"), dict(remat="full")])
+def test_layers_and_remat_change_only_speed(lm, change):
+    x, reset = tokens()
+    definition, params = split(lm)
+    twin_definition, twin_params = split(model_of(**change))
+    assert jax.tree.structure(params) == jax.tree.structure(twin_params)
+
+    def run(definition, params):
+        state, logits = merge(definition, params)(lm.init_state(3), x, reset)
+        return (logits**2).mean(), state
+
+    (loss, state), gradient = jax.value_and_grad(run, 1, has_aux=True)(definition, params)
+    (got, twin), other = jax.value_and_grad(run, 1, has_aux=True)(twin_definition, params)
+    assert_close((got, twin), (loss, state), 1e-5)
+    assert_close(other, gradient, 1e-5)
+
+
+def test_remat_recomputes_and_so_saves_less():
+    x, reset = tokens(64)
+
+    def saved(remat):
+        lm = model_of(remat=remat)
+        loss = lambda lm: (lm(lm.init_state(3), x, reset)[1] ** 2).mean()  # noqa: E731
+        return len(jax.make_jaxpr(jax.grad(loss))(lm).pretty_print())
+
+    assert saved("full") > saved("none")  # the forward pass stands twice in the program
+
+
+def test_bfloat16_logits_are_float32_and_near():
+    x, reset = tokens()
+    _, want = apply(model_of(), model_of().init_state(3), x, reset)
+    _, got = apply(model_of(dtype="bfloat16"), model_of().init_state(3), x, reset)
+    assert got.dtype == jnp.float32
+    assert jnp.abs(got - want).max() < 0.05 * jnp.abs(want).max()
+
+
+def test_dropout_needs_a_key_and_drops_the_stated_share():
+    lm = model_of(dropout=0.5)
+    x, reset = tokens()
+    state = lm.init_state(3)
+    _, plain = lm(state, x, reset)
+    assert_close(plain, model_of()(state, x, reset)[1])
+    _, one = lm(state, x, reset, dropout_key=jax.random.key(1))
+    _, same = lm(state, x, reset, dropout_key=jax.random.key(1))
+    _, other = lm(state, x, reset, dropout_key=jax.random.key(2))
+    assert_close(one, same)
+    assert jnp.abs(one - plain).max() > 1e-3 and jnp.abs(one - other).max() > 1e-3
+
+
+def test_untied_output_is_a_matrix_of_its_own():
+    lm = model_of(tied=False)
+    x, reset = tokens()
+    _, logits = lm(lm.init_state(3), x, reset)
+    lm.output[...] = 2 * lm.output[...]
+    _, doubled = lm(lm.init_state(3), x, reset)
+    np.testing.assert_allclose(doubled, 2 * logits, rtol=1e-5)
+
+
+def test_a_program_has_one_body_whatever_the_depth():
+    def lines(repeat):
+        lm = LanguageModel(
+            Model(d_model=16, pattern=("lstm",), repeat=repeat), 31, rngs=nnx.Rngs(0)
+        )
+        x, reset = tokens()
+        return len(jax.jit(lm).lower(lm.init_state(3), x, reset).as_text().splitlines())
+
+    assert lines(12) == lines(3)
+
+
+def test_every_parameter_has_logical_axes_that_fit_its_shape(lm):
+    config = Model(d_model=16, pattern=("attention", "gated_deltanet", "lstm"), repeat=2)
+    params = split(LanguageModel(config, 31, rngs=nnx.Rngs(0)))[1]
+    axes = logical_axes(config, 31)
+    ranks = jax.tree.map(len, axes, is_leaf=lambda a: isinstance(a, tuple))
+    assert ranks == jax.tree.map(lambda a: a.ndim, params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(pattern=()), "pattern=() must name at least one mixer"),
+        (dict(pattern=("atention",)), "pattern[0]='atention' names no mixer; choose from"),
+        (dict(pattern=("lstm",), mixers={"a": LSTM()}), "mixers.a is not in pattern"),
+        (dict(d_model=10, pattern=("attention",)), "mixers.attention.heads=4 must divide"),
+        (dict(dropout=1.0), "dropout=1.0 must be in [0, 1)"),
+        (dict(repeat=0), "repeat=0 must be at least 1"),
+    ],
+)
+def test_impossible_model_is_refused_with_the_field_and_the_rule(fields, message):
+    with pytest.raises(ConfigError) as error:
+        Model(**fields)
+    assert message in str(error.value)
+
+
+def test_position_of_the_model_replaces_that_of_its_mixers():
+    from memjax.layers import NoPE
+
+    config = Model(pattern=("attention",), mixers={"attention": Attention()}, position=NoPE())
+    assert config.mixer("attention").position == NoPE()
