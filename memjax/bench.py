@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from memjax.config import ConfigError
 from memjax.data import load_tokenizer
@@ -24,7 +25,7 @@ from memjax.describe import describe, flops
 from memjax.experiment import Experiment
 from memjax.model import LanguageModel, Model, merge, split
 from memjax.sharding import make_mesh
-from memjax.training.step import Setup, abstract_batch, init_state, make_setup, make_step
+from memjax.training.step import Trainer, make_trainer, put_batch
 
 ROOF_SIZE = 2048
 ROOF_REPEATS = 8
@@ -76,25 +77,24 @@ def bench(
 def time_training(experiment: Experiment, vocab_size: int, seconds: float) -> dict[str, Any]:
     """Steps timed one by one, the roof measured before, among and after them."""
     mesh = make_mesh(experiment.mesh, experiment.data.batch)
-    with jax.set_mesh(mesh):
-        setup = make_setup(experiment, vocab_size, mesh)
-        compiled, compile_seconds = _compile(setup)
-        batch = _random_batch(setup)
-        state = init_state(setup)
-        roof = make_roof(experiment.model.dtype)
-        for _ in range(2):
-            state, metrics = compiled(state, batch)
+    trainer = make_trainer(experiment, vocab_size, mesh)
+    batch = _random_batch(experiment, vocab_size, mesh)
+    compiled, compile_seconds = _compile(trainer, batch)
+    state = trainer.init()
+    roof = make_roof(experiment.model.dtype)
+    for _ in range(2):
+        state, metrics = compiled(state, batch)
+    jax.block_until_ready(metrics)
+    times, roofs, begin = [], [roof()], time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
-        times, roofs, begin = [], [roof()], time.perf_counter()
-        while len(times) < 5 or time.perf_counter() - begin < seconds:
-            start = time.perf_counter()
-            state, metrics = compiled(state, batch)
-            jax.block_until_ready(metrics)
-            times.append(time.perf_counter() - start)
-            if len(times) % 5 == 0:
-                roofs.append(roof())
+        times.append(time.perf_counter() - start)
+        if len(times) % 5 == 0:
+            roofs.append(roof())
     memory = compiled.memory_analysis()
-    tokens = setup.experiment.data.batch * abstract_batch(setup)["tokens_BT"].shape[1]
+    tokens = batch["tokens_BT"].size
     counted = flops(experiment.model, vocab_size, experiment.data.sequence)["mfu_counts"]
     step, best = statistics.median(times), max(roofs)
     return {
@@ -167,26 +167,25 @@ def time_decoding(
     return [{"position": p, "tokens_per_s": r} for p, r in zip(positions, rates)]
 
 
-def _compile(setup: Setup) -> tuple[Any, float]:
+def _compile(trainer: Trainer, batch: dict[str, jax.Array]) -> tuple[Any, float]:
     start = time.perf_counter()
-    compiled = make_step(setup).lower(setup.abstract, abstract_batch(setup)).compile()
+    compiled = trainer.step.lower(trainer.abstract, batch).compile()
     return compiled, time.perf_counter() - start
 
 
-def _random_batch(setup: Setup) -> dict[str, jax.Array]:
+def _random_batch(experiment: Experiment, vocab_size: int, mesh: Mesh) -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
-    shapes = abstract_batch(setup)
-    size = shapes["tokens_BT"].shape
-    tokens = rng.integers(0, setup.vocab_size, (size[0], size[1] + 1))
+    size = (experiment.data.batch, experiment.data.sequence * experiment.train.horizon)
+    tokens = rng.integers(0, vocab_size, (size[0], size[1] + 1))
     reset = np.zeros(size, bool)
     reset[:, 0] = True
-    values = {
+    batch = {
         "tokens_BT": tokens[:, :-1].astype(np.int32),
         "targets_BT": tokens[:, 1:].astype(np.int32),
         "weight_BT": np.ones(size, np.float32),
         "reset_BT": reset,
     }
-    return {name: jax.device_put(values[name], shapes[name].sharding) for name in shapes}
+    return put_batch(batch, mesh)
 
 
 def _peak_bytes(memory: Any) -> int:
@@ -218,8 +217,8 @@ def _at_depth(experiment: Experiment, vocab_size: int, repeat: int) -> dict[str,
     model: Model = dataclasses.replace(experiment.model, repeat=repeat)
     changed = dataclasses.replace(experiment, model=model)
     mesh = make_mesh(changed.mesh, changed.data.batch)
-    with jax.set_mesh(mesh):
-        compiled, seconds = _compile(make_setup(changed, vocab_size, mesh))
+    batch = _random_batch(changed, vocab_size, mesh)
+    compiled, seconds = _compile(make_trainer(changed, vocab_size, mesh), batch)
     layers = repeat * len(model.pattern)
     memory = compiled.memory_analysis()
     return {"layers": layers, "compile_s": seconds, "temporary_bytes": memory.temp_size_in_bytes}

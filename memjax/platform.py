@@ -30,9 +30,9 @@ def restart_with_fast_allocator() -> None:
 
 def cache_folder() -> Path:
     """Where memjax keeps what can be made again: $MEMJAX_CACHE, or memjax in the user's cache."""
-    if "MEMJAX_CACHE" in os.environ:
-        return Path(os.environ["MEMJAX_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "memjax"
+    if os.environ.get("MEMJAX_CACHE"):
+        return Path(os.environ["MEMJAX_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "memjax"
 
 
 def enable_compilation_cache() -> None:
@@ -40,5 +40,5 @@ def enable_compilation_cache() -> None:
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder().expanduser() / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels.products import rows_dot_rows
 
-# exp of it is zero even in float64, and float32 sums it over a chunk as exact multiples of the step.
+# exp of it is zero even in float64, and sums of it are exact multiples of the step in float32.
 LOG_DECAY_FLOOR = -800.0
 COARSE_STEP = 1 / 32
 # Pairs inside blocks of this many tokens are weighted one by one when decay is per channel.
@@ -160,11 +160,13 @@ def _block_products(a: jax.Array, b: jax.Array, decay: ChunkDecay) -> jax.Array:
         weight = jnp.exp(jnp.where(visible, _pairs(coarse) + _pairs(fine), -jnp.inf))
         return jnp.sum(a[..., :, None, :] * b[..., None, :, :] * weight, axis=-1)
     half = length // 2
-    halves = [x.reshape(*x.shape[:-3], 2 * count, half, x.shape[-1]) for x in (a, b, coarse, fine)]
-    half_document = document
+    a0, b0, coarse0, fine0 = (
+        x.reshape(*x.shape[:-3], 2 * count, half, x.shape[-1]) for x in (a, b, coarse, fine)
+    )
+    document0 = document
     if document is not None:
-        half_document = document.reshape(*document.shape[:-2], 2 * count, half)
-    diagonal = _block_products(*halves[:2], ChunkDecay(*halves[2:], half_document))
+        document0 = document.reshape(*document.shape[:-2], 2 * count, half)
+    diagonal = _block_products(a0, b0, ChunkDecay(coarse0, fine0, document0))
     diagonal = diagonal.reshape(*diagonal.shape[:-3], count, 2, half, half)
     gate = _from_border(coarse) + _from_border(fine)
     if document is not None:
@@ -179,7 +181,7 @@ def _block_products(a: jax.Array, b: jax.Array, decay: ChunkDecay) -> jax.Array:
 
 
 def _from_border(sums_CK: jax.Array) -> jax.Array:
-    """Sums from each token of the early half to its last, and from there to each of the late half."""
+    """Sums from each early token to the last early one, and from that to each late token."""
     half = sums_CK.shape[-2] // 2
     border = sums_CK[..., half - 1 : half, :]
     early, late = border - sums_CK[..., :half, :], sums_CK[..., half:, :] - border

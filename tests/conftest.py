@@ -1,8 +1,22 @@
-"""Shapes and types of public functions are checked in tests, and only there."""
+"""Shapes and types of public functions are checked in tests, and only there.
+
+Workers, and the programs that tests start, share one cache of compiled programs for the run.
+"""
 
 import os
+import shutil
+import tempfile
 
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if _OWN_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="memjax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 install_import_hook(["memjax", "pallas_kernels"], "checker.check")
+
+
+def pytest_sessionfinish(session):
+    if _OWN_CACHE:  # false in workers, which inherit the folder
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

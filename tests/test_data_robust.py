@@ -88,7 +88,9 @@ def test_another_process_that_replaces_a_damaged_folder_first_is_no_error(tmp_pa
     assert len(opened.tokens) == opened.starts[-1]
 
 
-@pytest.mark.parametrize("text", ["我们去，\n\u3000\u3000他说。\n", "“是”\n", "слово\n", "ок \u2028\n"])
+@pytest.mark.parametrize(
+    "text", ["我们去，\n\u3000\u3000他说。\n", "“是”\n", "слово\n", "ок \u2028\n"]
+)
 def test_blocks_of_other_scripts_give_the_ids_of_the_whole(text, monkeypatch):
     raw = (text * 200).encode()
     bpe = Bpe.train([raw], 300)

@@ -15,14 +15,17 @@ from flax import nnx
 from memjax.config import ConfigError
 from memjax.data import Data, DataError, open_corpus
 from memjax.evals import perplexity
+from memjax.evals import run as runs
 from memjax.evals.config import Eval
 from memjax.evals.perplexity import evaluate, quick_eval
 from memjax.evals.protocols import Protocol, Span, assemble, chains, resolve, rounds, take
 from memjax.evals.result import OFFICIAL_WORDS, Result
+from memjax.experiment import Experiment
 from memjax.mixers import LSTM, Attention
 from memjax.model import LanguageModel, Model, split
+from memjax.sharding import Mesh, make_mesh
 
-CLOSE = dict(rtol=1e-6)
+CLOSE = {"rtol": 1e-6}
 CONTEXT = 16
 WORDS = ["the", "memory", "of", "a", "book", "élan", "naïve", "—", "x\r\n", "and\n\n"]
 
@@ -175,6 +178,12 @@ def test_stream_with_carry_equals_each_document_in_one_pass(lm, corpus, batch):
     assert result.tokens == corpus.number_of_targets == corpus.bytes.sum()
 
 
+def test_lanes_on_a_mesh_give_the_same_sum(lm, corpus):
+    mesh = make_mesh(Mesh(), 8 * jax.device_count())
+    got = evaluate(lm, corpus, Eval(), sequence=CONTEXT, mesh=mesh).nll_nats
+    np.testing.assert_allclose(got, run(lm, corpus).nll_nats, **CLOSE)
+
+
 def test_windows_equal_separate_passes(lm, corpus):
     want = windows_nats(lm, corpus, CONTEXT)
     np.testing.assert_allclose(run(lm, corpus, protocol="windows").nll_nats, want, **CLOSE)
@@ -292,11 +301,25 @@ def test_words_of_wikitext_are_its_tokens(tmp_path):
 
 
 def make_result(**changes):
-    values = dict(
-        task="pg19", split="test", protocol="stream", context=8, stride=None, carry=True,
-        documents=100, tokens=1000, words=250, bytes=1200, nll_nats=900.0, whole=True,
-        lossless=True, step=3, seconds=2.0, per_document=(), positions=((1, 1, 2, 4.0),),
-    )  # fmt: skip
+    values = {
+        "task": "pg19",
+        "split": "test",
+        "protocol": "stream",
+        "context": 8,
+        "stride": None,
+        "carry": True,
+        "documents": 100,
+        "tokens": 1000,
+        "words": 250,
+        "bytes": 1200,
+        "nll_nats": 900.0,
+        "whole": True,
+        "lossless": True,
+        "step": 3,
+        "seconds": 2.0,
+        "per_document": (),
+        "positions": ((1, 1, 2, 4.0),),
+    }
     return Result(**{**values, **changes})
 
 
@@ -328,3 +351,55 @@ def test_mistakes_are_one_line(tmp_path, lm, corpus):
     nothing = open_corpus(words, "all")
     with pytest.raises(DataError, match="no tokens to score"):
         evaluate(lm, nothing, Eval(), sequence=8, max_documents=0)
+
+
+@pytest.fixture
+def trained(lm, corpus, monkeypatch):
+    """Stands for a checkpoint on disk: loading one is tested with the checkpoints."""
+    folder = corpus.folder.parents[2]
+    data = Data(source="text", path=str(folder / "text"), cache=str(folder / "cache"), sequence=8)
+    experiment = Experiment(data=data, eval=Eval(protocol="sliding", stride=3, batch=4))
+    loaded = runs.Run(experiment, split(lm), corpus.tokenizer, 12)
+    monkeypatch.setattr(runs, "load_run", lambda workdir, step: loaded)
+
+
+@pytest.mark.usefixtures("trained")
+def test_an_evaluation_is_written_beside_its_run(tmp_path, lm, corpus):
+    values = runs.run_eval(tmp_path, protocol="windows", context=CONTEXT)
+    np.testing.assert_allclose(values["nll_nats"], windows_nats(lm, corpus, CONTEXT), **CLOSE)
+    wanted = (12, "text", "test", "windows", CONTEXT, None, False)
+    names = ("step", "task", "split", "protocol", "context", "stride", "carry")
+    assert tuple(values[name] for name in names) == wanted
+    (path,) = (tmp_path / "eval").iterdir()
+    assert path.name == "text-test-windows-context16-step12.json"
+    assert json.loads(path.read_text()) == values
+    sliding = runs.run_eval(tmp_path, max_documents=2)  # the run's own protocol
+    assert (sliding["context"], sliding["stride"], sliding["documents"]) == (8, 3, 2)
+    assert not sliding["whole_split"] and len(list((tmp_path / "eval").iterdir())) == 2
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"task": "wikitext"}, "--task=wikitext needs --data=PATH"),
+        ({"task": "wiki"}, "--task=wiki must be one of"),
+        ({"data": "/nowhere"}, "/nowhere does not exist"),
+        ({"split": "valid"}, "has no split 'valid'"),
+        ({"protocol": "windows", "stride": 2}, 'eval.stride=2 needs protocol="sliding"'),
+        ({"stride": 9}, "stride=9 must be at most context=8"),
+        ({"carry": True}, "--carry=true needs --protocol=stream"),
+        ({"context": 0}, "eval.context=0 must be at least 1"),
+        ({"max_documents": 0}, "--max_documents=0 must be at least 1"),
+    ],
+)
+def test_mistakes_in_the_command_are_one_line(tmp_path, settings, message):
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        runs.run_eval(tmp_path, **settings)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        runs.run_eval(tmp_path / "none")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from memjax import platform
 from memjax.config import check, check_at_least
 from memjax.data.errors import DataError
 
@@ -79,7 +80,7 @@ class Data:
 
 def cache_folder(config: Data) -> Path:
     """The cache folder of `config`, made if it is missing. Raises DataError if it cannot be."""
-    chosen = config.cache or os.environ.get("MEMJAX_CACHE") or "~/.cache/memjax"
+    chosen = config.cache or platform.cache_folder()
     remedy = "set data.cache or MEMJAX_CACHE to a folder you can write to"
     try:
         folder = Path(chosen).expanduser().resolve()

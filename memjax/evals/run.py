@@ -2,22 +2,56 @@
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
 
 from memjax.config import ConfigError, build
 from memjax.data import Data, DataError, Tokenizer, open_corpus
 from memjax.evals.config import Eval
 from memjax.evals.generation import generate
-from memjax.evals.perplexity import evaluate
+from memjax.evals.perplexity import Parts, evaluate
 from memjax.evals.progress import scoring
 from memjax.evals.protocols import resolve, take
 from memjax.experiment import Experiment
-from memjax.training.checkpoint import load_params
+from memjax.model import LanguageModel
+from memjax.model import split as split_model
+from memjax.training.checkpoint import read_params
+from memjax.training.workdir import load_experiment, load_tokenizer, write_atomically
 
 TASKS = ("wikitext", "pg19", "text", "stdlib")
+
+
+class Run(NamedTuple):
+    """A trained model: its config, weights (the averaged ones if it has them) and tokenizer."""
+
+    experiment: Experiment
+    parts: Parts
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_run(workdir: str | Path, step: int | None = None) -> Run:
+    """The newest checkpoint of a run, or that of `step`, on the first device.
+
+    Raises ConfigError, DataError or CheckpointError, one line, if there is none to load.
+    """
+    folder = Path(workdir)
+    experiment = load_experiment(folder)
+    tokenizer = load_tokenizer(folder)
+    lm = nnx.eval_shape(
+        lambda: LanguageModel(experiment.model, tokenizer.vocab_size, rngs=nnx.Rngs(0))
+    )
+    definition, shapes = split_model(lm)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
+    )
+    step, params = read_params(folder / "checkpoints", wanted, step)
+    return Run(experiment, (definition, params), tokenizer, step)
 
 
 def run_eval(
@@ -44,7 +78,8 @@ def run_eval(
     Returns what was written (`memjax.evals.result.Result.to_dict`). Raises ConfigError or
     DataError, one line, for a mistake of the caller.
     """
-    experiment, parts, tokenizer_path, step = load_params(workdir, step=step)
+    run = load_run(workdir, step)
+    experiment = run.experiment
     settings = eval_config(
         experiment.eval,
         protocol=protocol,
@@ -57,17 +92,16 @@ def run_eval(
     cut = resolve(settings, sequence)
     if max_documents is not None and max_documents < 1:
         raise ConfigError(f"--max_documents={max_documents} must be at least 1")
-    tokenizer = Tokenizer.load(tokenizer_path)
-    corpus = open_corpus(task_data(experiment, task, data), split, tokenizer=tokenizer)
+    corpus = open_corpus(task_data(experiment, task, data), split, tokenizer=run.tokenizer)
     total = sum(span.targets for span in take(corpus, cut.context, None, max_documents))
     with scoring(f"{corpus.source} {corpus.split} {cut.name}", total) as progress:
         result = evaluate(
-            parts,
+            run.parts,
             corpus,
             settings,
             sequence=sequence,
             max_documents=max_documents,
-            step=step,
+            step=run.step,
             progress=progress,
         )
     values = result.to_dict()
@@ -75,7 +109,8 @@ def run_eval(
     name += [f"stride{cut.stride}"] if cut.stride is not None else []
     name += ["zeroed"] if cut.name == "stream" and not cut.carry else []
     name += [f"documents{max_documents}"] if max_documents is not None else []
-    write_json(Path(workdir) / "eval" / f"{'-'.join([*name, f'step{step}'])}.json", values)
+    name.append(f"step{run.step}")
+    _write(Path(workdir) / "eval", "-".join(name), values)
     return values
 
 
@@ -99,7 +134,7 @@ def run_generate(
     """
     if prompt_file is not None:
         prompt = _read_text(Path(prompt_file))
-    experiment, parts, tokenizer_path, step = load_params(workdir, step=step)
+    run = load_run(workdir, step)
 
     def show(piece: str) -> None:
         sys.stdout.write(piece)
@@ -108,20 +143,20 @@ def run_generate(
     if echo:
         show(prompt)
     text = generate(
-        parts,
-        Tokenizer.load(tokenizer_path),
+        run.parts,
+        run.tokenizer,
         prompt,
         tokens=tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        segment=experiment.data.sequence,
+        segment=run.experiment.data.sequence,
         stream=show if echo else None,
     )
     if echo:
         show("\n")
-    return {"prompt": prompt, "text": text, "tokens": tokens, "seed": seed, "step": step}
+    return {"prompt": prompt, "text": text, "tokens": tokens, "seed": seed, "step": run.step}
 
 
 def _read_text(path: Path) -> str:
@@ -170,13 +205,9 @@ def _fields(config: Any) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file that appears whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+def _write(folder: Path, name: str, values: dict[str, Any]) -> None:
     try:
-        path.parent.mkdir(exist_ok=True)
-        part.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        folder.mkdir(exist_ok=True)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise DataError(f"{path} cannot be written ({error.strerror}); make room there") from None
+        raise ConfigError(f"{folder} cannot be made ({error.strerror}); make room there") from None
+    write_atomically(folder / f"{name}.json", json.dumps(values, indent=2, allow_nan=False) + "\n")

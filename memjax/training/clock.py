@@ -11,7 +11,8 @@ class Clock:
     def __init__(self, tokens: int = 0, seconds: float = 0.0):
         self.tokens = tokens
         self._begin = time.monotonic() - seconds
-        self._mark, self._marked, self._fresh = time.monotonic(), tokens, True
+        self._start, self._start_tokens, self._first = time.monotonic(), tokens, True
+        self._mark, self._marked = self._start, tokens
 
     def seconds(self) -> float:
         """Wall time of the run, all its sessions together."""
@@ -20,10 +21,15 @@ class Clock:
     def step(self, tokens: int) -> None:
         """A step with so many target tokens has ended."""
         self.tokens += tokens
+        if self._first:
+            self._first = False
+            self._mark, self._marked = time.monotonic(), self.tokens
 
     def rate(self) -> float:
-        """Tokens a second since the last call, pauses left out."""
+        """Tokens a second since the last call, pauses and the first step (it compiles) left out."""
         now = time.monotonic()
+        if self.tokens == self._marked:  # nothing but that first step
+            return (self.tokens - self._start_tokens) / (now - self._start)
         rate = (self.tokens - self._marked) / max(now - self._mark, 1e-9)
         self._mark, self._marked = now, self.tokens
         return rate

@@ -4,8 +4,9 @@ import importlib
 import importlib.util
 import json
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tensorboardX import SummaryWriter
 
@@ -17,15 +18,19 @@ from memjax.training.workdir import write_atomically
 FILE = "metrics.jsonl"
 
 
-class Sink(Protocol):
+class Sink(ABC):
     """Where records go."""
 
-    def write(self, record: dict[str, Any]) -> None: ...
+    @abstractmethod
+    def write(self, record: dict[str, Any]) -> None:
+        """Add the record of a step."""
 
-    def close(self) -> None: ...
+    @abstractmethod
+    def close(self) -> None:
+        """Nothing more follows."""
 
 
-class JsonLines:
+class JsonLines(Sink):
     """metrics.jsonl: a line a record, on the disk as soon as it is written."""
 
     def __init__(self, path: Path, step: int):
@@ -43,7 +48,7 @@ class JsonLines:
         self._file.close()
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Event files; those of an interrupted run show only up to the step resumed from."""
 
     def __init__(self, folder: Path, step: int):
@@ -61,7 +66,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandB:
+class WandB(Sink):
     """A Weights & Biases run, continued when the training is."""
 
     def __init__(self, project: str, workdir: Path, experiment: Experiment):

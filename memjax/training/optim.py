@@ -11,7 +11,6 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from memjax.config import ConfigError
 from memjax.training.config import Optimizer
 
 MUON_RMS = 0.2  # size of an orthogonalised update, so that Muon shares AdamW's learning rates
@@ -35,16 +34,11 @@ def make_optimizer(
 def make_schedule(config: Optimizer, steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then config.schedule; from the last step on, its end value.
 
-    Raises ConfigError if the warm-up is not shorter than the schedule.
+    A run no longer than its warm-up is warm-up alone.
     """
     steps, peak, warmup = config.schedule_steps or steps, config.learning_rate, config.warmup
-    if config.schedule == "constant":
+    if config.schedule == "constant" or warmup >= steps:
         after = optax.constant_schedule(peak)
-    elif warmup >= steps:
-        raise ConfigError(
-            f"config.optimizer.warmup={warmup} must be less than the {steps} steps of the "
-            f"{config.schedule} schedule; try {steps // 10}"
-        )
     elif config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, steps - warmup, config.final)
     else:

@@ -3,7 +3,8 @@
 import math
 import sys
 import time
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,21 +12,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINES_APART_S = 2.0
 
 
-class Report(Protocol):
+class Report(ABC):
     """Shows how far a run is."""
 
-    def start(self, step: int) -> None: ...
+    @abstractmethod
+    def start(self, step: int) -> None:
+        """Training goes on after `step`."""
 
-    def step(self, step: int) -> None: ...
+    @abstractmethod
+    def step(self, step: int) -> None:
+        """`step` has ended."""
 
-    def record(self, record: dict[str, Any]) -> None: ...
+    @abstractmethod
+    def record(self, record: dict[str, Any]) -> None:
+        """A record was written to metrics.jsonl."""
 
-    def note(self, text: str) -> None: ...
+    @abstractmethod
+    def note(self, text: str) -> None:
+        """A line that stays."""
 
-    def close(self) -> None: ...
+    @abstractmethod
+    def close(self) -> None:
+        """Nothing more follows."""
 
 
-class Bar:
+class Bar(Report):
     """Steps, loss, tokens a second, time left and the last evaluation, on one line."""
 
     def __init__(self, steps: int):
@@ -60,7 +71,7 @@ class Bar:
         self._progress.stop()
 
 
-class Lines:
+class Lines(Report):
     """A line a record, at most one in two seconds, but the first and the last always."""
 
     def __init__(self, steps: int):
@@ -91,7 +102,7 @@ class Lines:
             self._held, self._last = "", time.monotonic()
 
 
-class Silent:
+class Silent(Report):
     """For every process but the first."""
 
     def start(self, step: int) -> None:

@@ -132,14 +132,14 @@ def make_step(
         key = jax.random.fold_in(state.rng, state.step)
         tokens = jnp.sum(batch["weight_BT"])
         sums, grads, memory = gradient(state.params, state.memory, batch, key, tokens)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = _average(experiment.optimizer.ema, state.ema, params)
         count = jnp.maximum(tokens, 1.0)
         loss, z = sums.nll / count, sums.z / count
         finite = jnp.isfinite(loss + config.z_loss * z) & jnp.isfinite(grad_norm)
-        finite &= jnp.isfinite(optax.global_norm(updates)) & ~_any_nan(memory)
+        finite &= jnp.isfinite(optax.tree.norm(updates)) & ~_any_nan(memory)
         new = (params, opt_state, memory if config.carry else (), ema)
         old = (state.params, state.opt_state, state.memory, state.ema)
         params, opt_state, memory, ema = jax.tree.map(

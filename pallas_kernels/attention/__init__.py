@@ -40,12 +40,12 @@ def attention(
     Positions: None puts key j at j and query t at J - T + t (a cache, then the segment). Otherwise
     integers `[B, T]` for both (J = T), or a pair (queries `[B, T]`, keys `[B, J]`).
     Seen: with `causal`, keys at the query's position or before; with `window`, keys less than
-    `window` positions behind (the query's own counts); with `segment_ids` (as `positions`: one array
-    or a pair), keys of the query's own id, and never a key of negative id (an empty slot of a
-    cache). A query that sees no key gives zeros.
+    `window` positions behind (the query's own counts); with `segment_ids` (as `positions`: one
+    array or a pair), keys of the query's own id, and never a key of negative id (an empty slot of
+    a cache). A query that sees no key gives zeros.
     `bias`: None, or ALiBi slopes `[H]`. `scale` None means K**-0.5.
-    Without `positions`, blocks of keys that `causal` or `window` exclude are not computed. The J - T
-    keys in front of the segment are not computed while all their segment ids are negative.
+    Without `positions`, blocks of keys that `causal` or `window` exclude are not computed. The
+    J - T keys in front of the segment are not computed while all their segment ids are negative.
     Differentiable once, in q, k, v and bias. No array of T x J is formed (except by "reference").
     Errors: ValueError for shapes or dtypes that disagree, H not a multiple of G, window < 1, one
     array for both where J is not T, or an implementation that is not available.
