@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,9 +61,14 @@ def _experiment(rest: list[str], workdir: str | None = None):
 
 def _refuse(unknown: list[str], known: tuple[str, ...] = ()) -> None:
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [*known, "--config"], 1, 0.6)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, 0.6)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         raise ConfigError(f"{unknown[0]}: no such argument{hint}")
+
+
+def _is_config(argument: str, command: str) -> bool:
+    flag = argument.partition("=")[0]
+    return COMMANDS[command].takes_config and (flag == "--config" or flag[:9] == "--config.")
 
 
 def _default_workdir(rest: list[str]) -> str:
@@ -87,7 +93,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     experiment = _experiment(rest)
     summary = train(experiment, workdir)
     if not args.json:
-        quoted = f"--workdir={workdir}"
+        quoted = f"--workdir={shlex.quote(workdir)}"
         print(f"run       {workdir}: config.json, metrics.jsonl, checkpoints/, tensorboard/")
         print(f"evaluate  memjax eval {quoted}")
         print(f"sample    memjax generate {quoted} --prompt='def '")
@@ -97,14 +103,17 @@ def _train(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     _workdir(parser)
     add = parser.add_argument
-    add("--task", choices=("wikitext", "pg19", "text"), help="default: the run's own data")
+    tasks = ("wikitext", "pg19", "text", "stdlib")
+    add("--task", choices=tasks, help="default: the run's own data")
     add("--data", metavar="PATH", help="folder (or file, for text) to evaluate on")
-    add("--split", choices=("train", "valid", "test"), default="test", help="default test")
+    splits = ("train", "valid", "test", "all")
+    add("--split", choices=splits, default="test", help="default test; all is text, uncut")
     add("--protocol", choices=("stream", "windows", "sliding"), help="default: the run's config")
     add("--context", type=int, metavar="N", help="tokens a segment or window")
     add("--stride", type=int, metavar="N", help="tokens a sliding window moves by")
     add("--carry", choices=("true", "false"), help="whether stream carries the memory state")
     add("--batch", type=int, metavar="N", help="documents or windows side by side")
+    add("--max-documents", type=int, metavar="N", help="score the first N documents only")
     add("--step", type=int, metavar="N", help="checkpoint to evaluate; default the newest")
 
 
@@ -123,6 +132,7 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         stride=args.stride,
         carry=carry,
         batch=args.batch,
+        max_documents=args.max_documents,
         step=args.step,
     )
 
@@ -299,9 +309,10 @@ def _dispatch(argv: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
         raise ConfigError(f"{name}: no such command; {hint}")
-    args, unknown = _parser(name, COMMANDS[name]).parse_known_args(rest)
-    if COMMANDS[name].takes_config:
-        _refuse([a for a in unknown if not a.startswith("--config") and a.startswith("-")])
+    parser = _parser(name, COMMANDS[name])
+    args, unknown = parser.parse_known_args(rest)
+    known = tuple(flag for action in parser._actions for flag in action.option_strings)
+    _refuse([a for a in unknown if a.startswith("-") and not _is_config(a, name)], known)
     enable_compilation_cache()
     result = COMMANDS[name].run(args, unknown)
     if args.json:

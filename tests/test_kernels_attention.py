@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from oracles import attention as oracles
 
 from pallas_kernels import attention
@@ -18,12 +19,12 @@ EARLIER = 21
 
 def draw(keys, dtype=np.float64):
     rng = np.random.default_rng(0)
-    return dict(
-        q=rng.standard_normal((BATCH, TOKENS, HEADS, KEY)).astype(dtype),
-        k=rng.standard_normal((BATCH, keys, GROUPS, KEY)).astype(dtype),
-        v=rng.standard_normal((BATCH, keys, GROUPS, VALUE)).astype(dtype),
-        bias=np.array([0.1, 0.2, 0.3, 0.4], dtype),
-    )
+    return {
+        "q": rng.standard_normal((BATCH, TOKENS, HEADS, KEY)).astype(dtype),
+        "k": rng.standard_normal((BATCH, keys, GROUPS, KEY)).astype(dtype),
+        "v": rng.standard_normal((BATCH, keys, GROUPS, VALUE)).astype(dtype),
+        "bias": np.array([0.1, 0.2, 0.3, 0.4], dtype),
+    }
 
 
 def documents(keys, filled):
@@ -84,12 +85,12 @@ WHOLE, CACHED = TOKENS, TOKENS + EARLIER
 CASES = {
     "causal": (WHOLE, {}),
     "causal-cache": (CACHED, {}),
-    "window-below-block": (CACHED, dict(window=5)),
-    "window-above-block": (WHOLE, dict(window=20)),
-    "both-directions": (WHOLE, dict(causal=False)),
-    "documents-cache-part-full": (CACHED, dict(segment_ids=documents(CACHED, 5))),
-    "documents-cache-empty": (CACHED, dict(segment_ids=documents(CACHED, 0), window=9)),
-    "positions": (CACHED, dict(positions=scattered(CACHED), window=9)),
+    "window-below-block": (CACHED, {"window": 5}),
+    "window-above-block": (WHOLE, {"window": 20}),
+    "both-directions": (WHOLE, {"causal": False}),
+    "documents-cache-part-full": (CACHED, {"segment_ids": documents(CACHED, 5)}),
+    "documents-cache-empty": (CACHED, {"segment_ids": documents(CACHED, 0), "window": 9}),
+    "positions": (CACHED, {"positions": scattered(CACHED), "window": 9}),
 }
 
 
@@ -140,14 +141,14 @@ def test_one_query_with_a_cache_equals_the_last_of_the_whole():
 
 
 def largest_array(jaxpr):
-    sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
+    """The size of the largest array that a program computes, its loops and branches included."""
+    sizes = [out.aval.size for eqn in jaxpr.eqns for out in eqn.outvars]
     for eqn in jaxpr.eqns:
-        for sub in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(sub, "jaxpr", sub)
-            if isinstance(inner, jax.extend.core.Jaxpr):
-                sizes.append(largest_array(inner))
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            if isinstance(value, ClosedJaxpr):
+                value = value.jaxpr
+            if isinstance(value, Jaxpr):
+                sizes.append(largest_array(value))
     return max(sizes, default=0)
 
 

@@ -23,12 +23,12 @@ def draw(op, decay, tokens=TOKENS, batch=BATCH, heads=HEADS, dtype=np.float64):
     """Arguments by name; the strengths of delta_rule are in (0, 2) and its keys of unit norm."""
     rng = np.random.default_rng(0)
     normal = rng.standard_normal
-    args = dict(
-        q=normal((batch, tokens, heads, KEY)),
-        k=normal((batch, tokens, heads, KEY)),
-        v=normal((batch, tokens, heads, VALUE)),
-        initial_state=normal((batch, heads, KEY, VALUE)),
-    )
+    args = {
+        "q": normal((batch, tokens, heads, KEY)),
+        "k": normal((batch, tokens, heads, KEY)),
+        "v": normal((batch, tokens, heads, VALUE)),
+        "initial_state": normal((batch, heads, KEY, VALUE)),
+    }
     if decay != "none":
         channels = (KEY,) if decay == "channel" else ()
         args["log_decay"] = -np.exp(2 * normal((batch, tokens, heads, *channels)))
@@ -47,7 +47,7 @@ def resets(pairs=RESETS, tokens=TOKENS, batch=BATCH):
 
 def call(op, args, reset=None, **settings):
     function = {"linear_attention": linear_attention, "delta_rule": delta_rule}[op]
-    return function(**args, reset=reset, **settings)
+    return function(**args, reset=None if reset is None else jnp.asarray(reset), **settings)
 
 
 def outputs_and_gradients(op, args, reset=None, **settings):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from memjax.config import ConfigError, to_json
 from memjax.data import Data
@@ -27,12 +28,28 @@ MODEL = Model(
     d_model=8, pattern=("lstm",), repeat=2, mixers={"lstm": LSTM(unroll=1)}, mlp=None, tied=False
 )
 STILL = Optimizer(learning_rate=1e-30, schedule="constant", warmup=0, weight_decay=0.0)
+MOVING = dataclasses.replace(STILL, learning_rate=1e-2)
+AVERAGED = dataclasses.replace(MOVING, ema=0.8)
 
 
 def experiment(*, model=MODEL, optimizer=STILL, mesh=Mesh(data=1), **train):
     train = Train(**{"carry": True, "steps": 100, **train})
     data = Data(sequence=LENGTH, batch=ROWS, stream="documents")
     return Experiment(model=model, data=data, optimizer=optimizer, train=train, mesh=mesh)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs(tmp_path_factory):
+    """Programs that several configs share, such as the initial state, compile once."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0)):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in zip(names, before):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 COMPILED = {}
@@ -77,7 +94,7 @@ def gradient_of(config, state, one):
     gradient = steps._gradient(config, trainer.definition)
     tokens = jnp.sum(one["weight_BT"])
     arrays = jax.tree.map(jnp.asarray, one)
-    return gradient(state.params, state.memory, arrays, jax.random.key(0), tokens)
+    return jax.jit(gradient)(state.params, state.memory, arrays, jax.random.key(0), tokens)
 
 
 def assert_close(got, expected, **tolerance):
@@ -106,10 +123,9 @@ def test_loss_is_the_weighted_mean_of_the_global_batch():
 def test_accumulation_equals_the_whole_batch():
     batches = [batch(0), batch(1)]
     batches[0]["weight_BT"][0] = 0  # parts of unequal weight: a mean of means would differ
-    optimizer = dataclasses.replace(STILL, learning_rate=1e-2)
-    whole, expected = run(experiment(optimizer=optimizer, accumulate=1), batches)
+    whole, expected = run(experiment(optimizer=MOVING), batches)
     for parts in (2, 4):
-        state, metrics = run(experiment(optimizer=optimizer, accumulate=parts), batches)
+        state, metrics = run(experiment(optimizer=MOVING, accumulate=parts), batches)
         for got, wanted in zip(metrics, expected):
             np.testing.assert_allclose(got, wanted, rtol=2e-6)
         assert_close(state.memory, whole.memory, atol=1e-6)
@@ -170,8 +186,7 @@ def test_a_batch_without_targets_changes_nothing_but_the_memory():
 
 
 def test_a_step_that_is_not_finite_leaves_the_state_bit_for_bit():
-    optimizer = Optimizer(schedule="constant", warmup=0, weight_decay=0.0, ema=0.5)
-    config = experiment(optimizer=optimizer)
+    config = experiment(optimizer=AVERAGED)
     trainer = trainer_of(config)
     state = trainer.init()
     table = state.params["embedding"].at[5].set(jnp.nan)
@@ -200,21 +215,18 @@ def test_a_step_that_is_not_finite_leaves_the_state_bit_for_bit():
 
 
 def test_average_of_the_weights_by_definition():
-    optimizer = Optimizer(schedule="constant", warmup=0, ema=0.8)
-    config = experiment(optimizer=optimizer)
+    config = experiment(optimizer=AVERAGED)
     trainer = trainer_of(config)
     state = trainer.init()
     mean = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
     for seed in range(4):
         state, _ = trainer.step(state, put_batch(batch(seed), trainer.mesh))
-        mean = jax.tree.map(lambda m, p: 0.8 * m + 0.2 * np.asarray(p, np.float64), mean,
-                            state.params)
+        mean = jax.tree.map(lambda m, p: 0.8 * m + 0.2 * np.float64(p), mean, state.params)
     assert_close(state.ema, mean, atol=1e-6)
 
 
 def test_steps_compile_once_and_learn():
-    optimizer = Optimizer(learning_rate=1e-2, schedule="constant", warmup=0)
-    trainer = trainer_of(experiment(optimizer=optimizer))
+    trainer = trainer_of(experiment(optimizer=MOVING))
     state, one = trainer.init(), batch()
     losses = []
     for _ in range(20):
@@ -309,7 +321,7 @@ def test_the_step_is_pure_and_runs_uncompiled():
     trainer = trainer_of(config)
     optimizer, schedule = make_optimizer(config.optimizer, 100, logical_axes(MODEL, VOCAB))
     step = make_step(config, trainer.definition, optimizer, schedule)
-    state = trainer.init()
-    first = step(state, batch())[1]
-    assert first == step(state, batch())[1]
+    state, one = trainer.init(), jax.tree.map(jnp.asarray, batch())
+    first = step(state, one)[1]
+    assert first == step(state, one)[1]
     np.testing.assert_allclose(first.loss, run(config, [batch()])[1][0].loss, rtol=1e-6)

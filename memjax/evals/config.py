@@ -10,7 +10,7 @@ from memjax.config import check, check_at_least
 class Eval:
     """Perplexity protocol, and how often it runs during training.
 
-    every: steps between evaluations on the validation split; None for none before the end.
+    every: steps between evaluations on the validation split; None for none at all.
     tokens: at most so many tokens an evaluation during training; None for the whole split.
     protocol: "stream" reads documents in order, segment after segment, with the memory carried;
         "windows" reads disjoint windows from the initial state; "sliding" reads windows of

@@ -49,14 +49,16 @@ def filter_logits(sampling: Sampling, logits_Y: Float[Array, "Y"]) -> Float[Arra
     if sampling.temperature == 0:
         best = jnp.argmax(logits_Y)
         return jnp.where(jnp.arange(logits_Y.size) == best, 0.0, -jnp.inf)
-    logits_Y = logits_Y / sampling.temperature
+    # Shifted first: the largest logit stays 0 however small the temperature, never inf - inf.
+    temperature = max(sampling.temperature, float(jnp.finfo(logits_Y.dtype).tiny))
+    logits_Y = (logits_Y - jnp.max(logits_Y)) / temperature
     if sampling.top_k is None and sampling.top_p is None:
         return logits_Y
     order_Y = jnp.argsort(-logits_Y, stable=True)
     ranked_Y = logits_Y[order_Y]
     if sampling.top_k is not None:
         ranked_Y = jnp.where(jnp.arange(ranked_Y.size) < sampling.top_k, ranked_Y, -jnp.inf)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:  # float32 sums reach 1 too early
         probability_Y = jax.nn.softmax(ranked_Y)
         before_Y = jnp.cumsum(probability_Y) - probability_Y
         keep_Y = (before_Y < sampling.top_p).at[0].set(True)

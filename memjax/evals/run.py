@@ -70,6 +70,8 @@ def run_eval(
 ) -> dict[str, Any]:
     """Evaluate a run and write `eval/<task>-<split>-<protocol>-....json` in its folder.
 
+    The name ends in the step and in a digest of the text, so that no result replaces another.
+
     task: None is the run's own source, and then data may be left out.
     protocol, context, stride, carry, batch: None is what the run's config says.
     step: None is the newest checkpoint. The averaged weights are used if the run has them.
@@ -92,7 +94,8 @@ def run_eval(
     cut = resolve(settings, sequence)
     if max_documents is not None and max_documents < 1:
         raise ConfigError(f"--max_documents={max_documents} must be at least 1")
-    corpus = open_corpus(task_data(experiment, task, data), split, tokenizer=run.tokenizer)
+    source = task_data(experiment, task, data)
+    corpus = open_corpus(source, split, tokenizer=run.tokenizer)
     total = sum(span.targets for span in take(corpus, cut.context, None, max_documents))
     with scoring(f"{corpus.source} {corpus.split} {cut.name}", total) as progress:
         result = evaluate(
@@ -104,12 +107,12 @@ def run_eval(
             step=run.step,
             progress=progress,
         )
-    values = result.to_dict()
+    values = {**result.to_dict(), "data": source.path, "data_digest": corpus.digest}
     name = [corpus.source, corpus.split, cut.name, f"context{cut.context}"]
     name += [f"stride{cut.stride}"] if cut.stride is not None else []
     name += ["zeroed"] if cut.name == "stream" and not cut.carry else []
     name += [f"documents{max_documents}"] if max_documents is not None else []
-    name.append(f"step{run.step}")
+    name += [f"step{run.step}", corpus.digest[:8]]
     _write(Path(workdir) / "eval", "-".join(name), values)
     return values
 
