@@ -123,9 +123,7 @@ def assert_same_run(workdir, expected):
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_killed_runs_equal_the_uninterrupted_run_bit_for_bit(
-    stream, texts, tmp_path, environment
-):
+def test_killed_runs_equal_the_uninterrupted_run_bit_for_bit(stream, texts, tmp_path, environment):
     process = start(stream, texts, tmp_path / "whole", environment)
     assert process.wait() == 0, process.stderr.read()
     seed = int(os.environ.get("MEMJAX_KILL_SEED", time.time_ns() % 10**6))

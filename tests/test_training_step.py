@@ -279,7 +279,10 @@ from memjax.sharding import Mesh
 from memjax.training.config import Optimizer
 from memjax.training.step import put_batch
 
-t.ROWS = 8
+t.ROWS, compiled = 8, []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration")
+    else None)
 optimizer = Optimizer(schedule="constant", warmup=0, ema=0.9)
 single, expected = t.run(t.experiment(optimizer=optimizer, horizon=2), [
     t.batch(seed, segments=2) for seed in range(3)])
@@ -293,8 +296,12 @@ for mesh in (Mesh(data=8), Mesh(data=2, fsdp=4)):
     trainer = t.trainer_of(config, t.VOCAB)
     live = trainer.init()
     live, _ = trainer.step(live, put_batch(t.batch(0, segments=2), trainer.mesh))
-    live, _ = trainer.step(live, put_batch(t.batch(1, segments=2), trainer.mesh))
-    assert trainer.step._cache_size() == 1
+    batches = [put_batch(t.batch(seed, segments=2), trainer.mesh) for seed in range(3)]
+    assert compiled
+    compiled.clear()
+    for batch in batches:
+        live, _ = trainer.step(live, batch)
+    assert not compiled, compiled
     for leaf, wanted in zip(jax.tree.leaves(live), jax.tree.leaves(trainer.abstract)):
         assert leaf.sharding == wanted.sharding, (leaf.sharding, wanted.sharding)
     moments = live.opt_state[1][0].mu["embedding"]

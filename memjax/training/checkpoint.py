@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from memjax.config import ConfigError
+from memjax.training.arrays import describe, flatten, groups, place, unflatten
 from memjax.training.digest import digests
 from memjax.training.errors import CheckpointError
 from memjax.training.step import TrainState
@@ -76,15 +77,15 @@ class Checkpoints:
         Raises CheckpointError if this save, or the one before, cannot be written.
         """
         self.wait()
-        flat = _flatten(state)
-        body = json.dumps({"arrays": _describe(flat), "meta": dict(meta)})
+        flat = flatten(state)
+        body = json.dumps({"arrays": describe(flat), "meta": dict(meta)})
         try:
             if _first() and (self.folder / str(step)).exists():
                 _remove(self.folder / str(step))
             _barrier("save")
             response = ocp.save_checkpointables_async(
                 self.folder / str(step),
-                {**_groups(flat), "digests": digests(flat)},
+                {**groups(flat), "digests": digests(flat)},
                 custom_metadata={"body": body, "crc": zlib.crc32(body.encode())},
             )
         except Exception as error:
@@ -110,17 +111,17 @@ class Checkpoints:
         Raises ConfigError if a parameter has another shape or type, CheckpointError if there are
         checkpoints and all are damaged.
         """
-        report = []
+        report: list[str] = []
         for step in reversed(self.steps()):
             reason, found = "another process could not read it", None
             try:
-                found = _read(self.folder / str(step), _flatten(abstract))
+                found = _read(self.folder / str(step), flatten(abstract))
             except Damage as damage:
                 reason = str(damage)
             if _all(found is not None) and found is not None:
                 arrays, meta = found
                 self._set_aside([int(line.split()[1]) for line in report])
-                return Restored(step, _unflatten(abstract, arrays), meta, report)
+                return Restored(step, unflatten(abstract, arrays), meta, report)
             report.append(f"checkpoint {step} is damaged and was left out: {reason}")
         if report:
             raise CheckpointError(
@@ -152,7 +153,8 @@ class Checkpoints:
 
     def _unwritable(self, step: int | None, error: BaseException) -> CheckpointError:
         what = "checkpoints" if step is None else f"the checkpoint of step {step}"
-        kept = f"; those of steps {', '.join(map(str, s))} are intact" if (s := self.steps()) else ""
+        steps = ", ".join(map(str, self.steps()))
+        kept = f"; those of steps {steps} are intact" if steps else ""
         return CheckpointError(
             f"{what} cannot be written to {self.folder}: {_cause(error)}{kept}; make room or "
             "check the permissions, and run the same command again"
@@ -183,9 +185,9 @@ def read_params(
         path = folder.absolute() / str(candidate)
         try:
             group = "ema" if ema and (path / "ema").is_dir() else "params"
-            wanted = TrainState(*[()] * len(TrainState._fields))._replace(**{group: params})
-            arrays, _ = _read(path, _flatten(wanted), partial=True)
-            return candidate, getattr(_unflatten(wanted, arrays), group)
+            wanted = {group: params}
+            arrays, _ = _read(path, flatten(wanted), partial=True)
+            return candidate, unflatten(wanted, arrays)[group]
         except Damage as damage:
             reasons.append(f"checkpoint {candidate} is damaged: {damage}")
     reason = reasons[0] if reasons else "no checkpoint was saved yet"
@@ -214,11 +216,11 @@ def read_meta(path: Path) -> dict[str, Any] | None:
 def _read(path: Path, wanted: dict[str, Any], partial: bool = False) -> tuple[dict, dict]:
     """The arrays of a checkpoint, checked, and its meta. Raises Damage, ConfigError."""
     body = read_body(path)
-    _check_shapes(path, body["arrays"], _describe(wanted), partial)
+    _check_shapes(path, body["arrays"], describe(wanted), partial)
     count = len(body["arrays"])
-    expected = {"digests": jax.ShapeDtypeStruct((count,), np.uint32, sharding=_place(wanted))}
+    expected = {"digests": jax.ShapeDtypeStruct((count,), np.uint32, sharding=place(wanted))}
     try:
-        loaded = ocp.load_checkpointables(path, {**_groups(wanted), **expected})
+        loaded = ocp.load_checkpointables(path, {**groups(wanted), **expected})
     except Exception as error:
         raise Damage(_cause(error)) from None
     stored = dict(zip(sorted(body["arrays"]), np.asarray(loaded.pop("digests"))))
@@ -242,51 +244,6 @@ def _check_shapes(path: Path, stored: dict, wanted: dict, partial: bool) -> None
 
 def _show(description: list | None) -> str:
     return "absent" if description is None else f"{description[0]}{description[1]}"
-
-
-def _describe(flat: Mapping[str, Any]) -> dict[str, list]:
-    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in flat.items()}
-
-
-def _flatten(state: Any) -> dict[str, Any]:
-    """Arrays (or their shapes) by path; random keys as the integers they hold."""
-    flat = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = jax.random.key_data
-            leaf = data(leaf) if isinstance(leaf, jax.Array) else _like(data, leaf)
-        flat[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
-    return flat
-
-
-def _like(fn: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    out = jax.eval_shape(fn, leaf)
-    return jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=leaf.sharding)
-
-
-def _unflatten(abstract: Any, flat: Mapping[str, jax.Array]) -> Any:
-    def one(path: tuple, leaf: Any) -> jax.Array:
-        array = flat[jax.tree_util.keystr(path, simple=True, separator="/")]
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(array)
-        return array
-
-    return jax.tree_util.tree_map_with_path(one, abstract)
-
-
-def _groups(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    groups: dict[str, dict[str, Any]] = {}
-    for name, leaf in flat.items():
-        first = name.split("/")[0]
-        groups.setdefault(first if first in ("params", "ema") else "rest", {})[name] = leaf
-    return groups
-
-
-def _place(flat: Mapping[str, Any]) -> Any:
-    sharding = next(iter(flat.values())).sharding
-    if isinstance(sharding, jax.NamedSharding):
-        return jax.NamedSharding(sharding.mesh, jax.P())
-    return sharding
 
 
 def _cause(error: BaseException) -> str:
@@ -329,6 +286,6 @@ def _barrier(name: str) -> None:
 
 def _all(ok: bool) -> bool:
     """Whether it is so on every process."""
-    return ok if jax.process_count() == 1 else bool(
-        np.all(multihost_utils.process_allgather(np.array(ok)))
-    )
+    if jax.process_count() == 1:
+        return ok
+    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))

@@ -18,7 +18,10 @@ class Diverged(TrainingError):
 
 
 class Interrupted(Stopped):
-    """A signal ended the run after its state was saved; the same command goes on with it."""
+    """A signal ended the run after its state was saved; the same command goes on with it.
+
+    The process should exit with `status`: 75 (try again) after SIGTERM, 130 after SIGINT.
+    """
 
     def __init__(self, received: signal.Signals, step: int):
         self.received, self.step = received, step

@@ -1,6 +1,7 @@
 """The training loop: from a config and a folder to a trained model, stopped and resumed exactly."""
 
 import contextlib
+import math
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,8 @@ class _Run:
                 sink.close()
             self.report.close()
 
-    def _batches(self) -> Generator[Batch]:
-        return iterate(self.stream, self.step, self.experiment.data.threads)
+    def _batches(self) -> Generator[Batch, None, None]:
+        yield from iterate(self.stream, self.step, self.experiment.data.threads)
 
     def _advance(self, batch: Batch) -> None:
         """One step; the metrics of the one before are fetched while it runs."""
@@ -169,7 +170,7 @@ class _Run:
             return
         values = self._evaluate() if evaluate else {}
         self._fetch(values)
-        loss = values.get("eval_loss")
+        loss = _finite(values.get("eval_loss"))
         better = loss is not None and (self.best is None or loss < self.best)
         if better:
             self.best = loss
@@ -234,7 +235,7 @@ class _Run:
                 sequence=self.experiment.data.sequence,
                 mesh=self.trainer.mesh,
             )
-        self.eval_loss, self.evaluated = values["eval_loss"], self.step
+        self.eval_loss, self.evaluated = _finite(values["eval_loss"]), self.step
         return values
 
     def _save(self) -> None:
@@ -281,7 +282,7 @@ class _Run:
         return {
             "step": self.step,
             "steps": self.experiment.train.steps,
-            "loss": self.last.get("loss"),
+            "loss": _finite(self.last.get("loss")),
             "eval_loss": self.eval_loss,
             "tokens": self.clock.tokens,
             "seconds": self.clock.seconds(),
@@ -290,3 +291,8 @@ class _Run:
             "workdir": str(self.workdir),
             "already_finished": False,
         }
+
+
+def _finite(value: float | None) -> float | None:
+    """None for what JSON cannot hold and nothing can be compared with."""
+    return value if value is not None and math.isfinite(value) else None

@@ -105,9 +105,7 @@ def _muon(config: Optimizer, schedule: optax.Schedule, decayed: dict, axes: dict
 
     def dimensions(params: Any) -> Any:
         # optax.partition hides the other parameters behind MaskedNode, an empty tree.
-        return jax.tree.map(
-            lambda leaf: MuonDimensionNumbers(leaf.ndim - 1, leaf.ndim - 2), params
-        )
+        return jax.tree.map(lambda leaf: MuonDimensionNumbers(leaf.ndim - 1, leaf.ndim - 2), params)
 
     matrix = optax.chain(
         optax.contrib.scale_by_muon(

@@ -22,8 +22,8 @@ from memjax import sharding
 from memjax.config import ConfigError
 from memjax.experiment import Experiment
 from memjax.model import LANE_AXIS, LanguageModel, logical_axes, merge, split
+from memjax.training.compiler import compiler_options
 from memjax.training.optim import make_optimizer
-from memjax.training.platform import compiler_options
 
 LOGITS = 1 << 26  # logits held at a time; of larger batches the loss is computed in parts
 
@@ -230,9 +230,7 @@ def _score(lm: LanguageModel, hidden_BTD, targets_BT, weight_BT) -> _Sums:
         logits_BTY = lm.logits(hidden_BTD).astype(jnp.float32)
         z_BT = jax.nn.logsumexp(logits_BTY, -1)
         target_BT = jnp.take_along_axis(logits_BTY, targets_BT[..., None], -1)[..., 0]
-        return _Sums(
-            jnp.sum(weight_BT * (z_BT - target_BT)), jnp.sum(weight_BT * jnp.square(z_BT))
-        )
+        return _Sums(jnp.sum(weight_BT * (z_BT - target_BT)), jnp.sum(weight_BT * jnp.square(z_BT)))
 
     rows, length = targets_BT.shape
     vocab_size = lm.embedding.shape[0]
@@ -305,10 +303,10 @@ def _initialiser(
     return make
 
 
-def _shardings(mesh: Mesh, axes: dict, shapes: TrainState) -> TrainState:
+def _shardings(mesh: Mesh, axes: dict, shapes: TrainState) -> Any:
     """Where each array of the state lives; moments live with their parameters."""
     params = sharding.parameters(mesh, axes, shapes.params)
-    everywhere = sharding.replicated(mesh)
+    everywhere: Any = sharding.replicated(mesh)
     by_path = {
         path: (leaf.shape, place)
         for (path, leaf), place in zip(

@@ -1,6 +1,6 @@
 """The folder of a run: one config, one corpus, one live process.
 
-    config.json  tokenizer.json  checkpoints/  metrics.jsonl  tensorboard/  eval/  profile/
+config.json  tokenizer.json  checkpoints/  metrics.jsonl  tensorboard/  eval/  profile/
 """
 
 import fcntl
@@ -46,8 +46,10 @@ def write_atomically(path: Path, text: str) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); make room there, or "
-                          "choose another --workdir") from None
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); make room there, or "
+            "choose another --workdir"
+        ) from None
 
 
 @contextmanager

@@ -26,9 +26,7 @@ def forward(rule: Rule, whole: Tile) -> tuple[jax.Array, jax.Array]:
     """Output `[B, G, R, T, V]` and log-sum-exp `[B, G, R, T, 1]`, in float32 or wider."""
     if not _is_unrolled(whole):
         return _loop_forward(rule, whole)
-    tiles = [
-        tile_forward(rule, _cut(whole, row, keys)) for row, keys in _ranges(rule, whole)
-    ]
+    tiles = [tile_forward(rule, _cut(whole, row, keys)) for row, keys in _ranges(rule, whole)]
     o, lse = zip(*tiles, strict=True)
     return jnp.concatenate(o, axis=3), jnp.concatenate(lse, axis=3)
 
@@ -49,7 +47,7 @@ def backward(
         total = total._replace(
             k_BGJK=total.k_BGJK.at[:, :, first:last].add(part.k_BGJK),
             v_BGJV=total.v_BGJV.at[:, :, first:last].add(part.v_BGJV),
-            slopes_GR=None if part.slopes_GR is None else total.slopes_GR + part.slopes_GR,
+            slopes_GR=_add_slopes(total.slopes_GR, part.slopes_GR),
         )
     return total._replace(q_BGRCK=jnp.concatenate(d_q, axis=3))
 
@@ -87,8 +85,13 @@ def _cut(whole: Tile, row: tuple[int, int], keys: tuple[int, int]) -> Tile:
 
 def _zero_gradients(whole: Tile) -> TileGradients:
     dtype = accumulation_dtype(whole.q_BGRCK)
-    zeros = [None if x is None else jnp.zeros(x.shape, dtype) for x in whole[:4]]
-    return TileGradients(*zeros)
+    slopes_GR = None if whole.slopes_GR is None else jnp.zeros(whole.slopes_GR.shape, dtype)
+    q, k, v = (jnp.zeros(x.shape, dtype) for x in (whole.q_BGRCK, whole.k_BGJK, whole.v_BGJV))
+    return TileGradients(q, k, v, slopes_GR)
+
+
+def _add_slopes(total_GR: jax.Array | None, part_GR: jax.Array | None) -> jax.Array | None:
+    return None if total_GR is None or part_GR is None else total_GR + part_GR
 
 
 def _loop_forward(rule: Rule, whole: Tile) -> tuple[jax.Array, jax.Array]:
@@ -106,8 +109,8 @@ def _loop_forward(rule: Rule, whole: Tile) -> tuple[jax.Array, jax.Array]:
 
         return None, lax.fori_loop(*_blocks(rule, whole, index, row, block), one_block, nothing)
 
-    _, out = lax.scan(one_row, None, jnp.arange(whole.q_BGRCK.shape[3] // row))
-    return tuple(_join_rows(x)[:, :, :, :tokens] for x in out)
+    _, (o, lse) = lax.scan(one_row, None, jnp.arange(whole.q_BGRCK.shape[3] // row))
+    return _join_rows(o)[:, :, :, :tokens], _join_rows(lse)[:, :, :, :tokens]
 
 
 def _loop_backward(rule, whole, lse_BGRT1, dot_BGRT1, d_o_BGRTV) -> TileGradients:
@@ -127,7 +130,7 @@ def _loop_backward(rule, whole, lse_BGRT1, dot_BGRT1, d_o_BGRTV) -> TileGradient
             part = tile_backward(rule, tile, *row_cotangent)
             d_k = _add_slice(d_k, part.k_BGJK, position * block)
             d_v = _add_slice(d_v, part.v_BGJV, position * block)
-            d_slopes = None if d_slopes is None else d_slopes + part.slopes_GR
+            d_slopes = _add_slopes(d_slopes, part.slopes_GR)
             return d_q + part.q_BGRCK, d_k, d_v, d_slopes
 
         bounds = _blocks(rule, whole, index, row, block)
@@ -135,7 +138,8 @@ def _loop_backward(rule, whole, lse_BGRT1, dot_BGRT1, d_o_BGRTV) -> TileGradient
         return tuple(total), d_q
 
     rows = jnp.arange(whole.q_BGRCK.shape[3] // row)
-    (d_k, d_v, d_slopes), d_q = lax.scan(one_row, tuple(zeros[1:]), rows)
+    start = (zeros.k_BGJK, zeros.v_BGJV, zeros.slopes_GR)
+    (d_k, d_v, d_slopes), d_q = lax.scan(one_row, start, rows)
     return TileGradients(
         _join_rows(d_q)[:, :, :, :tokens], d_k[:, :, :keys], d_v[:, :, :keys], d_slopes
     )

@@ -1,8 +1,8 @@
 """One tile of attention: a block of queries against a range of keys, forward and backward.
 
-Axes: G key heads, R query heads that share one, C queries of the tile, S = R x C
-rows, J its keys. A tile returns its normalised output
-and log-sum-exp, so tiles over different keys merge exactly, and the backward pass of each stands alone.
+Axes: G key heads, R query heads that share one, C queries of the tile, S = R x C rows, J its keys.
+A tile returns its normalised output and log-sum-exp, so tiles over different keys merge exactly,
+and the backward pass of each stands alone.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from pallas_kernels.attention.rule import Places, Rule, distance, visible
 from pallas_kernels.products import columns_dot_columns, dot, rows_dot_rows
 
-# A hidden score is far below any maximum, and no maximum is below LOWEST: exp(HIDDEN - LOWEST) is 0, so a query that
-# sees nothing gets weights of 0 without a special case.
+# A hidden score is far below any maximum, and no maximum is below LOWEST: exp(HIDDEN - LOWEST) is
+# 0, so a query that sees nothing gets weights of 0 without a special case.
 HIDDEN = -1e30
 LOWEST = -1e20
 
@@ -54,7 +54,7 @@ def tile_forward(rule: Rule, tile: Tile) -> tuple[jax.Array, jax.Array]:
 def tile_backward(
     rule: Rule, tile: Tile, lse_BGRC1: jax.Array, dot_BGRC1: jax.Array, d_o_BGRCV: jax.Array
 ) -> TileGradients:
-    """Gradients, from the log-sum-exp over all keys and the products of each output with its cotangent."""
+    """Gradients, from the log-sum-exp over all keys and the products of outputs and cotangents."""
     dtype = tile.q_BGRCK.dtype
     lse_BGS1, dot_BGS1, d_o_BGSV = _fold(lse_BGRC1), _fold(dot_BGRC1), _fold(d_o_BGRCV)
     weights_BGSJ = jnp.exp(_scores(rule, tile) - lse_BGS1)
@@ -92,7 +92,7 @@ def _scores(rule: Rule, tile: Tile) -> jax.Array:
 
 
 def _fold(x_BGRCK: jax.Array) -> jax.Array:
-    """Query heads of one key head as more rows. XLA on CPU is slower at products with two axes of rows."""
+    """Query heads of one key head as more rows: XLA on CPU is slower with two axes of rows."""
     batch, groups, _, _, size = x_BGRCK.shape
     return x_BGRCK.reshape(batch, groups, -1, size)
 

@@ -30,12 +30,12 @@ def delta_rule(
         S_t = S + k_t (beta_t (v_t - ST k_t))T
         o_t = scale S_tT q_t
 
-    Shapes: q, k `[B, T, H, K]`; v and o `[B, T, H, V]`; beta `[B, T, H]`; log_decay None (no decay),
-    `[B, T, H]` (one decay a head) or `[B, T, H, K]` (one a key channel); state `[B, H, K, V]`, zeros
-    if None; reset `[B, T]`.
-    Units: log_decay is a natural logarithm, at most 0; beta is a write strength in [0, 2], and a key
-    has a norm of at most 1: outside, the state may grow without bound. Neither is checked. `scale`
-    None means K**-0.5.
+    Shapes: q, k `[B, T, H, K]`; v and o `[B, T, H, V]`; beta `[B, T, H]`; log_decay None (no
+    decay), `[B, T, H]` (one decay a head) or `[B, T, H, K]` (one a key channel); state
+    `[B, H, K, V]`, zeros if None; reset `[B, T]`.
+    Units: log_decay is a natural logarithm, at most 0; beta is a write strength in [0, 2], and a
+    key has a norm of at most 1: outside, the state may grow without bound. Neither is checked.
+    `scale` None means K**-0.5.
     A true `reset` at t sets the state before token t to zero: neither values nor gradients cross.
     Any T from 1. `chunk` (tokens a tile, rounded up to a power of two) changes the speed alone; 32
     is the fastest measured on a CPU.
@@ -43,9 +43,10 @@ def delta_rule(
     is). Differentiable in every floating argument. Everything but the products of q and k with k is
     computed in float32, for bfloat16 inputs too. Decays below exp(-800), minus infinity included,
     count as 0.
-    Errors: ValueError for shapes or dtypes that disagree, chunk < 1, a positive log_decay (where its
-    values are known), or an implementation that is not available.
-    Source: arXiv:2406.06484 (no decay), arXiv:2412.06464 (per head), arXiv:2510.26692 (per channel).
+    Errors: ValueError for shapes or dtypes that disagree, chunk < 1, a positive log_decay (where
+    its values are known), or an implementation that is not available.
+    Source: arXiv:2406.06484 (no decay), arXiv:2412.06464 (per head), arXiv:2510.26692 (per
+    channel).
     """
     validate.check_axes(
         OP,

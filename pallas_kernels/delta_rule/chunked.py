@@ -1,7 +1,8 @@
 """Gated delta rule in chunks, plain JAX.
 
-Every token writes k_t d_tT, where d_t = beta_t (v_t - exp(g_t) S_{t-1}T k_t). Inside a chunk the d solve a unit lower
-triangular system, so all chunks are prepared at once and a scan passes only states: d = U - W S.
+Every token writes k_t d_tT, where d_t = beta_t (v_t - exp(g_t) S_{t-1}T k_t). Inside a chunk the d
+solve a unit lower triangular system, so all chunks are prepared at once and a scan passes only
+states: d = U - W S.
 """
 
 import jax
@@ -47,8 +48,9 @@ def delta_rule_chunked(q, k, v, beta, log_decay, initial_state, reset, *, scale,
 def unit_lower_inverse(strict_CC: jax.Array) -> jax.Array:
     """(I + A)^-1 for strictly lower triangular A of a power of two rows, over the last two axes.
 
-    Blocks on the diagonal are merged in pairs, [[P, 0], [N, Q]]^-1 = [[P', 0], [-Q' N P', Q']], as masked products of
-    whole matrices. Nothing is summed that grows, unlike in the series I - A + A^2 - ...
+    Blocks on the diagonal are merged in pairs, [[P, 0], [N, Q]]^-1 = [[P', 0], [-Q' N P', Q']], as
+    masked products of whole matrices. Nothing is summed that grows, unlike in the series
+    I - A + A^2 - ...
     """
     length = strict_CC.shape[-1]
     row, column = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
@@ -83,14 +85,16 @@ unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
 def _states(reads_NBHCK, values_NBHCV, keys_NBHCK, through_NBHK1, state_BHKV):
     """d = values - reads S;  S' = through S + keysT d.
 
-    Returns the last S', the S that enters each chunk, and each chunk's d. The backward pass scans the cotangent of S
-    alone; gradients of the other inputs are products over all chunks at once.
+    Returns the last S', the S that enters each chunk, and each chunk's d. The backward pass scans
+    the cotangent of S alone; gradients of the other inputs are products over all chunks at once.
     """
 
     def one_chunk(state_BHKV, xs):
         reads_BHCK, values_BHCV, keys_BHCK, through_BHK1 = xs
         written_BHCV = values_BHCV - products.dot(reads_BHCK, state_BHKV)
-        next_BHKV = through_BHK1 * state_BHKV + products.columns_dot_columns(keys_BHCK, written_BHCV)
+        next_BHKV = through_BHK1 * state_BHKV + products.columns_dot_columns(
+            keys_BHCK, written_BHCV
+        )
         return next_BHKV, (state_BHKV, written_BHCV)
 
     xs = (reads_NBHCK, values_NBHCV, keys_NBHCK, through_NBHK1)

@@ -38,9 +38,10 @@ def linear_attention(
     is). Differentiable in every floating argument. Inputs in bfloat16 are multiplied in bfloat16
     and accumulated in float32; decays and states are float32. Decays below exp(-800), minus
     infinity included, count as 0.
-    Errors: ValueError for shapes or dtypes that disagree, chunk < 1, a positive log_decay (where its
-    values are known), or an implementation that is not available.
-    Source: arXiv:2006.16236 (no decay), arXiv:2307.08621 (per head), arXiv:2312.06635 (per channel).
+    Errors: ValueError for shapes or dtypes that disagree, chunk < 1, a positive log_decay (where
+    its values are known), or an implementation that is not available.
+    Source: arXiv:2006.16236 (no decay), arXiv:2307.08621 (per head), arXiv:2312.06635 (per
+    channel).
     """
     validate.check_axes(
         OP,

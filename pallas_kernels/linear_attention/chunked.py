@@ -1,6 +1,5 @@
-"""Gated linear attention in chunks, plain JAX: products inside all chunks at once, a scan over states only."""
+"""Gated linear attention in chunks, plain JAX: a scan over states, all else over all chunks."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 

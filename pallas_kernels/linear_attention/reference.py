@@ -7,7 +7,7 @@ from pallas_kernels.products import accumulation_dtype
 
 
 def linear_attention_reference(q, k, v, log_decay, initial_state, reset, *, scale, chunk):
-    """S_t = diag(exp g_t) S_{t-1} + k_t v_tT;  o_t = scale S_tT q_t.  `chunk` has no meaning here."""
+    """S_t = diag(exp g_t) S_{t-1} + k_t v_tT;  o_t = scale S_tT q_t.  `chunk` is not used."""
     del chunk
     dtype = accumulation_dtype(q, k, v)
     batch, tokens, heads, key_size = q.shape
@@ -29,5 +29,3 @@ def linear_attention_reference(q, k, v, log_decay, initial_state, reset, *, scal
     by_token = [jnp.moveaxis(x.astype(dtype), 1, 0) for x in (q, k, v, log_decay)]
     S, o = lax.scan(token, S.astype(dtype), (*by_token, jnp.moveaxis(reset, 1, 0)))
     return jnp.moveaxis(o, 0, 1).astype(q.dtype), S
-
-
