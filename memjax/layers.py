@@ -1,6 +1,7 @@
 """Parts that mixers and models share: linear maps, norms, the MLP, positions, short convolution."""
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -42,13 +43,54 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
-def dot_transposed(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+def dot_transposed(
+    x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike | None = None
+) -> jax.Array:
     """x @ weight.T in the type of x, accumulated in float32, returned as `dtype` (that of x)."""
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    y = jax.lax.dot_general(
-        x, weight.astype(x.dtype), contract, preferred_element_type=jnp.float32
-    )
-    return y.astype(x.dtype if dtype is None else dtype)
+    return _dot_transposed(x, weight, jnp.dtype(x.dtype if dtype is None else dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot_transposed(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return _contract(x, weight.astype(x.dtype), x.ndim - 1, 1).astype(dtype)
+
+
+def _forward(x: jax.Array, weight: jax.Array, dtype: jnp.dtype):
+    return _dot_transposed(x, weight, dtype), (x, weight)
+
+
+def _backward(dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
+    x, weight = residuals
+    dy = dy.astype(x.dtype)
+    dx = _contract(dy, weight.astype(x.dtype), dy.ndim - 1, 0).astype(x.dtype)
+    dw = jax.lax.platform_dependent(x, dy, cpu=_weight_gradient_cpu, default=_weight_gradient)
+    return dx, dw.astype(weight.dtype)
+
+
+_dot_transposed.defvjp(_forward, _backward)
+
+
+def _contract(x: jax.Array, y: jax.Array, axis_x: int, axis_y: int) -> jax.Array:
+    contract = (((axis_x,), (axis_y,)), ((), ()))
+    return jax.lax.dot_general(x, y, contract, preferred_element_type=jnp.float32)
+
+
+def _weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    return jnp.einsum("...o,...i->oi", dy, x, preferred_element_type=jnp.float32)
+
+
+def _weight_gradient_cpu(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """In two halves: XLA on CPU then copies the operands as they are.
+
+    In one product it transposes dy while it computes it, entry by entry, which takes longer than
+    the product; a step of a model is 1.15 times as fast in halves.
+    """
+    tokens = math.prod(x.shape[:-1])
+    if tokens % 2:
+        return _weight_gradient(x, dy)
+    x, dy = (a.reshape(2, tokens // 2, a.shape[-1]) for a in (x, dy))
+    halves = jnp.einsum("sti,sto->sio", x, dy, preferred_element_type=jnp.float32)
+    return jnp.sum(halves, 0).T
 
 
 class RMSNorm(nnx.Module):
@@ -126,16 +168,40 @@ def apply_position(
         return x_BTHK
     half = x_BTHK.shape[-1] // 2
     frequency_K = config.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1K = position_BT[:, :, None, None].astype(jnp.float32) * frequency_K
-    cos, sin = jnp.cos(angle_BT1K), jnp.sin(angle_BT1K)
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, -1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned.astype(x_BTHK.dtype)
+    angle_BTK = position_BT[:, :, None].astype(jnp.float32) * frequency_K
+    turn_BT1K = materialise(jnp.concatenate([jnp.cos(angle_BTK), jnp.sin(angle_BTK)], -1))
+    cos, sin = jnp.split(turn_BT1K[:, :, None], 2, -1)
+    halves = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], 2, half)
+    first, second = halves[..., 0, :], halves[..., 1, :]
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], -2)
+    return turned.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
+
+
+def materialise(x: jax.Array) -> jax.Array:
+    """x, through a product with the identity: XLA on CPU never computes a product twice.
+
+    Anything cheaper than a product it may compute again for every head that reads it.
+    """
+    return jnp.dot(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def document_ids(reset_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Which document a token belongs to: 0 is the one that the state carries on."""
-    return jnp.cumsum(reset_BT, 1, dtype=jnp.int32)
+    """Which document a token belongs to: 0 is the one that the state carries on.
+
+    A running sum made of two products, in blocks and of blocks: XLA on CPU would compute a plain
+    one again for every block of attention that reads it.
+    """
+    batch, length = reset_BT.shape
+    block = min(256, length)
+    count = -(-length // block)
+    padded_BT = jnp.pad(reset_BT, ((0, 0), (0, count * block - length)))
+    starts_BNC = padded_BT.reshape(batch, count, block).astype(jnp.float32)
+    highest = jax.lax.Precision.HIGHEST  # sums of ones: exact below 2^24
+    inside_BNC = jnp.dot(starts_BNC, jnp.triu(jnp.ones((block, block))), precision=highest)
+    before_NN = jnp.triu(jnp.ones((count, count)), 1)
+    before_BN = jnp.dot(inside_BNC[:, :, -1], before_NN, precision=highest)
+    ids_BNC = materialise(inside_BNC + before_BN[:, :, None])
+    return ids_BNC.reshape(batch, -1)[:, :length].astype(jnp.int32)
 
 
 def positions(start_B: Int[Array, "B"], reset_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -167,20 +233,28 @@ class ShortConv(nnx.Module):
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B M F"], Float[Array, "B T F"]]:
         length, reach = x_BTF.shape[1], self.width - 1
-        padded_BJF = jnp.concatenate([tail_BMF.astype(x_BTF.dtype), x_BTF], 1)
-        id_BT = document_ids(reset_BT)
-        id_BJ = jnp.pad(id_BT, ((0, 0), (reach, 0)))
         weight = self.weight[...].astype(x_BTF.dtype)
+        padded_BJF = jnp.concatenate([tail_BMF.astype(x_BTF.dtype), x_BTF], 1)
+        same_BTM = materialise(self._reaches(reset_BT).astype(x_BTF.dtype)) if reach else None
         y_BTF = weight[0] * x_BTF
         for lag in range(1, self.width):
-            taps = slice(reach - lag, reach - lag + length)
-            same_BT1 = (id_BJ[:, taps] == id_BT)[..., None]
-            y_BTF += weight[lag] * jnp.where(same_BT1, padded_BJF[:, taps], 0)
+            taps_BTF = padded_BJF[:, reach - lag : reach - lag + length]
+            y_BTF += weight[lag] * (same_BTM[:, :, lag - 1 : lag] * taps_BTF)
         if self.bias is not None:
             y_BTF += self.bias[...].astype(y_BTF.dtype)
-        ours_BM1 = (id_BJ[:, length:] == id_BT[:, -1:])[..., None]
+        id_BJ = jnp.pad(document_ids(reset_BT), ((0, 0), (reach, 0)))
+        ours_BM1 = (id_BJ[:, length:] == id_BJ[:, -1:])[..., None]
         tail_BMF = jnp.where(ours_BM1, padded_BJF[:, length:], 0).astype(jnp.float32)
         return tail_BMF, y_BTF
+
+    def _reaches(self, reset_BT: Bool[Array, "B T"]) -> Bool[Array, "B T M"]:
+        """Whether no reset lies in the way from a token to the one `lag` before it."""
+        open_BTM, clear_BT = [], ~reset_BT
+        for lag in range(1, self.width):
+            earlier_BT = jnp.pad(~reset_BT, ((0, 0), (lag, 0)), constant_values=True)
+            open_BTM.append(clear_BT)
+            clear_BT = clear_BT & earlier_BT[:, : reset_BT.shape[1]]
+        return jnp.stack(open_BTM, -1)
 
 
 def check_heads(config: object, d_model: int, field: str = "heads") -> None:

@@ -133,18 +133,19 @@ def make_step(
         tokens = jnp.sum(batch["weight_BT"])
         sums, grads, memory = gradient(state.params, state.memory, batch, key, tokens)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = _average(experiment.optimizer.ema, state.ema, params)
         count = jnp.maximum(tokens, 1.0)
         loss, z = sums.nll / count, sums.z / count
         finite = jnp.isfinite(loss + config.z_loss * z) & jnp.isfinite(grad_norm)
-        finite &= jnp.isfinite(optax.tree.norm(updates)) & ~_any_nan(memory)
-        new = (params, opt_state, memory if config.carry else (), ema)
+        finite &= ~_any_nan(memory)
+
+        def update():
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = _average(experiment.optimizer.ema, state.ema, params)
+            return params, opt_state, memory if config.carry else (), ema
+
         old = (state.params, state.opt_state, state.memory, state.ema)
-        params, opt_state, memory, ema = jax.tree.map(
-            lambda after, before: jnp.where(finite, after, before), new, old
-        )
+        params, opt_state, memory, ema = jax.lax.cond(finite, update, lambda: old)
         skipped = state.skipped + ~finite
         in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
         rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
