@@ -21,8 +21,6 @@ MIXERS = {
 def get_config(variant: str = "transformer") -> Experiment:
     mixers = MIXERS[variant]
     return Experiment(
-        model=Model(
-            d_model=256, pattern=tuple(mixers), repeat=8, mixers=mixers, layers="unroll"
-        ),
+        model=Model(d_model=256, pattern=tuple(mixers), repeat=8, mixers=mixers, layers="unroll"),
         data=Data(sequence=1024, batch=2),
     )

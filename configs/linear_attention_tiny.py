@@ -1,4 +1,4 @@
-"""LinearAttention at its smallest, on bytes of Python's standard library: for tests and first looks.
+"""LinearAttention at its smallest, on bytes of the standard library: for tests, first looks.
 
 Command:   memjax train --config=configs/linear_attention_tiny.py
 Hardware:  2 CPU cores

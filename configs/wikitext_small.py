@@ -27,9 +27,9 @@ def get_config(variant: str = "gated_deltanet") -> Experiment:
         ),
         data=Data(source="wikitext", tokenizer="bpe", stream="documents", sequence=256, batch=16),
         optimizer=Optimizer(learning_rate=3e-3, warmup=100),
-        train=Train(steps=1500, carry=True),
-        checkpoint=Checkpoint(every=250),
-        eval=Eval(every=250, tokens=60_000),
+        train=Train(steps=900, carry=True),
+        checkpoint=Checkpoint(every=300),
+        eval=Eval(every=300, tokens=60_000),
     )
     if variant == "zeroed":
         train = dataclasses.replace(experiment.train, carry=False)

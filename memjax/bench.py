@@ -85,7 +85,8 @@ def time_training(experiment: Experiment, vocab_size: int, seconds: float) -> di
     for _ in range(2):
         state, metrics = compiled(state, batch)
     jax.block_until_ready(metrics)
-    times, roofs, begin = [], [roof()], time.perf_counter()
+    times: list[float] = []
+    roofs, begin = [roof()], time.perf_counter()
     while len(times) < 5 or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         state, metrics = compiled(state, batch)

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import shlex
 import sys
@@ -350,4 +351,6 @@ def main(argv: list[str] | None = None) -> int:
 def entry() -> None:
     """The console script."""
     restart_with_fast_allocator()
+    # Orbax logs the traceback of an error that it also raises, and that `main` tells in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.exit(main())

@@ -119,7 +119,7 @@ def _build_union(args: tuple, value: Any, path: str) -> Any:
         return None
     if len(options) == 1:
         return build(options[0], value, path)
-    classes = {a.kind: a for a in options if dataclasses.is_dataclass(a)}
+    classes = {getattr(a, "kind", ""): a for a in options if dataclasses.is_dataclass(a)}
     if classes:
         return _build_kind(typing.cast(dict[str, type], classes), value, path)
     for option in options:

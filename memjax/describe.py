@@ -31,9 +31,9 @@ def count_parameters(config: Model, vocab_size: int) -> dict[str, int]:
     parts = {"embedding": _size(shapes["embedding"]), "output": _size(shapes.get("output", {}))}
     for name, block in shapes["patterns"]["blocks"].items():
         for part, tree in block.items():
-            parts[f"{name.partition('_')[2]}.{part}"] = (
-                parts.get(f"{name.partition('_')[2]}.{part}", 0) + _size(tree)
-            )
+            parts[f"{name.partition('_')[2]}.{part}"] = parts.get(
+                f"{name.partition('_')[2]}.{part}", 0
+            ) + _size(tree)
     parts["norm"] = _size(shapes["norm"])
     total = sum(parts.values())
     non_embedding = total - parts["embedding"] - parts["output"]

@@ -235,8 +235,9 @@ class ShortConv(nnx.Module):
         length, reach = x_BTF.shape[1], self.width - 1
         weight = self.weight[...].astype(x_BTF.dtype)
         padded_BJF = jnp.concatenate([tail_BMF.astype(x_BTF.dtype), x_BTF], 1)
-        same_BTM = materialise(self._reaches(reset_BT).astype(x_BTF.dtype)) if reach else None
         y_BTF = weight[0] * x_BTF
+        if reach > 0:
+            same_BTM = self._reaches(reset_BT, x_BTF.dtype)
         for lag in range(1, self.width):
             taps_BTF = padded_BJF[:, reach - lag : reach - lag + length]
             y_BTF += weight[lag] * (same_BTM[:, :, lag - 1 : lag] * taps_BTF)
@@ -247,14 +248,14 @@ class ShortConv(nnx.Module):
         tail_BMF = jnp.where(ours_BM1, padded_BJF[:, length:], 0).astype(jnp.float32)
         return tail_BMF, y_BTF
 
-    def _reaches(self, reset_BT: Bool[Array, "B T"]) -> Bool[Array, "B T M"]:
-        """Whether no reset lies in the way from a token to the one `lag` before it."""
+    def _reaches(self, reset_BT: Bool[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T M"]:
+        """1 where no reset lies in the way from a token to the one 1, 2, ... before it, else 0."""
         open_BTM, clear_BT = [], ~reset_BT
         for lag in range(1, self.width):
             earlier_BT = jnp.pad(~reset_BT, ((0, 0), (lag, 0)), constant_values=True)
             open_BTM.append(clear_BT)
             clear_BT = clear_BT & earlier_BT[:, : reset_BT.shape[1]]
-        return jnp.stack(open_BTM, -1)
+        return materialise(jnp.stack(open_BTM, -1).astype(dtype))
 
 
 def check_heads(config: object, d_model: int, field: str = "heads") -> None:

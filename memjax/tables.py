@@ -1,6 +1,6 @@
 """Results of commands as text for people; `--json` prints them for programs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -39,7 +39,7 @@ def pairs(title: str, values: Row) -> Table:
     return table
 
 
-def rows(title: str, values: list[Row]) -> Table:
+def rows(title: str, values: Sequence[Row]) -> Table:
     """One column a name, one line a row."""
     table = Table(title=title, title_justify="left", box=None)
     names = list(dict.fromkeys(name for row in values for name in row))
@@ -56,9 +56,7 @@ def _flat(result: Row) -> dict[str, Any]:
 
 
 def _describe(result: Row) -> list[Table]:
-    layers = [
-        {**layer, "state_bytes": size(layer["state_bytes"])} for layer in result["layers"]
-    ]
+    layers = [{**layer, "state_bytes": size(layer["state_bytes"])} for layer in result["layers"]]
     head = {**_flat(result)}
     head["state_bytes_per_sequence"] = size(head["state_bytes_per_sequence"])
     memory = {name: size(value) for name, value in result["memory_bytes"].items()}

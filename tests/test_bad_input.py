@@ -143,7 +143,7 @@ DATA_CASES = {
     "no WikiText": ("wikitext", {"d/a.txt": b"x"}, "d", ["wiki."]),
     "file for a folder": ("wikitext", {"d/a.txt": b"x"}, "d/a.txt", ["a.txt", "folder"]),
     "no PG-19": ("pg19", {"d/a.txt": b"x"}, "d", ["train"]),
-    "no validation": ("wikitext", {"d/wiki.test.tokens": b" a \n"}, "d", ["'train'", "only wiki.test.tokens"]),
+    "no training split": ("wikitext", {"d/wiki.test.tokens": b" a \n"}, "d", ["'train'", "only"]),
     "too little text": ("text", {"d/train.txt": b"few words"}, "d", ["sequence"]),
 }
 
@@ -221,7 +221,7 @@ def copied(run, tmp_path):
         ("config.json", b"{", "train"),
     ],
 )
-def test_damaged_run_is_refused_by_the_name_of_the_file(file, content, command, run, tmp_path, capfd):
+def test_damaged_run_is_refused_by_name(file, content, command, run, tmp_path, capfd):
     harmed = copied(run, tmp_path)
     (harmed / file).unlink() if content is None else (harmed / file).write_bytes(content)
     arguments = TINY if command == "train" else []

@@ -24,7 +24,9 @@ def variants(path):
     return [str(path), *(f"{path}:{name}" for name in re.findall(r"`(\w+)`", header(path)))]
 
 
-@pytest.mark.parametrize("spec", [s for p in CONFIGS for s in variants(p)], ids=lambda s: Path(s).name)
+@pytest.mark.parametrize(
+    "spec", [s for p in CONFIGS for s in variants(p)], ids=lambda s: Path(s).name
+)
 def test_config_builds_and_survives_json(spec):
     experiment, rest = parse(Experiment, [f"--config={spec}"])
     assert not rest

@@ -40,7 +40,9 @@ def floats(state):
     return [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
-@pytest.mark.parametrize("split", [(5, 16, 16), (16, 5, 16), (1,) * 5 + (16, 16), (16, 16) + (1,) * 5])
+@pytest.mark.parametrize(
+    "split", [(5, 16, 16), (16, 5, 16), (1,) * 5 + (16, 16), (16, 16) + (1,) * 5]
+)
 def test_any_split_equals_whole(mixer, split):
     x, reset = segment(LENGTH, resets=RESETS)
     start = busy_state(mixer)
@@ -56,7 +58,9 @@ def test_any_split_equals_whole(mixer, split):
 
 def test_mixer_is_the_body_of_a_scan_over_segments(mixer):
     x, reset = segment(32, resets=[(0, 5), (1, 16)])
-    pieces = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(3, 2, 16, *a.shape[2:]), 1, 0), (x, reset))
+    pieces = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(3, 2, 16, *a.shape[2:]), 1, 0), (x, reset)
+    )
     state, y = jax.lax.scan(lambda s, xs: mixer(s, *xs), mixer.init_state(3), pieces)
     want_state, want = apply(mixer, mixer.init_state(3), x, reset)
     assert_close(jnp.moveaxis(y, 0, 1).reshape(want.shape), want)
@@ -189,7 +193,9 @@ def test_bfloat16_inputs_stay_near_float32(name):
     state, y = apply(mixer, mixer.init_state(3), x, reset)
     want_state, want = apply(mixer, mixer.init_state(3), x.astype(jnp.float32), reset)
     assert y.dtype == jnp.bfloat16
-    assert all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(want_state)))
+    assert all(
+        a.dtype == b.dtype for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(want_state))
+    )
     # bfloat16 keeps 8 bits: 0.4% a rounding, some ten roundings deep
     error = jnp.abs(y.astype(jnp.float32) - want).max() / jnp.abs(want).max()
     assert error < 0.05

@@ -16,5 +16,13 @@ MIXERS: dict[str, tuple[type[MixerConfig], type[SequenceMixer]]] = {
     "lstm": (LSTM, LSTMMixer),
 }
 
-__all__ = ["MIXERS", "Attention", "GatedDeltaNet", "LSTM", "LinearAttention", "MemoryReport",
-           "MixerConfig", "SequenceMixer"]
+__all__ = [
+    "MIXERS",
+    "Attention",
+    "GatedDeltaNet",
+    "LSTM",
+    "LinearAttention",
+    "MemoryReport",
+    "MixerConfig",
+    "SequenceMixer",
+]

@@ -76,14 +76,16 @@ class LinearAttentionMixer(SequenceMixer):
         self.gate = Linear(d_model, values, rngs=rngs, axes=("heads", "embed"))
         self.norm = RMSNorm(self.value_size, axes=("value",))
         self.out = Linear(values, d_model, rngs=rngs, axes=("embed", "heads"))
-        if config.decay == "vector":
-            self.decay_into = Linear(d_model, GATE_RANK, rngs=rngs, axes=("rank", "embed"))
-            self.decay = Linear(GATE_RANK, keys, rngs=rngs, axes=("heads", "rank"), bias=True)
-        elif config.decay == "scalar":
-            self.decay_into = None
-            self.decay = Linear(d_model, heads, rngs=rngs, axes=("head", "embed"), bias=True)
-        else:
-            self.decay_into, self.decay = None, None
+        low, wide, narrow = ("rank", "embed"), ("heads", "rank"), ("head", "embed")
+        vector, scalar = config.decay == "vector", config.decay == "scalar"
+        self.decay_into = Linear(d_model, GATE_RANK, rngs=rngs, axes=low) if vector else None
+        self.decay = (
+            Linear(GATE_RANK, keys, rngs=rngs, axes=wide, bias=True)
+            if vector
+            else Linear(d_model, heads, rngs=rngs, axes=narrow, bias=True)
+            if scalar
+            else None
+        )
 
     def init_state(self, batch: int) -> LinearAttentionState:
         shape = (batch, self.config.heads, self.key_size, self.value_size)

@@ -44,8 +44,9 @@ class LSTMMixer(SequenceMixer):
     """
 
     def __init__(self, config: LSTM, d_model: int, *, rngs: nnx.Rngs):
-        self.into = Linear(d_model, 4 * d_model, rngs=rngs, bias=True, std=d_model**-0.5)
-        self.into.bias[...] = self.into.bias[...].at[d_model : 2 * d_model].set(1.0)
+        self.into = Linear(d_model, 4 * d_model, rngs=rngs, std=d_model**-0.5)
+        forget_gate = jnp.zeros((4 * d_model,), jnp.float32).at[d_model : 2 * d_model].set(1.0)
+        self.bias = nnx.Param(forget_gate, axes=("hidden",))
         self.recurrent = nnx.Param(
             normal(rngs, (4 * d_model, d_model), d_model**-0.5), axes=("hidden", "embed")
         )
@@ -73,7 +74,7 @@ class LSTMMixer(SequenceMixer):
             hidden_BD = jax.nn.sigmoid(o) * jnp.tanh(cell_BD)
             return LSTMState(cell_BD, hidden_BD), hidden_BD
 
-        gates_TBD = jnp.moveaxis(self.into(x_BTD), 1, 0).astype(jnp.float32)
+        gates_TBD = jnp.moveaxis(self.into(x_BTD), 1, 0).astype(jnp.float32) + self.bias[...]
         unroll = min(self.unroll, x_BTD.shape[1])
         state, hidden_TBD = jax.lax.scan(token, state, (gates_TBD, reset_BT.T), unroll=unroll)
         return state, self.out(jnp.moveaxis(hidden_TBD, 0, 1).astype(x_BTD.dtype))

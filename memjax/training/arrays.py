@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def describe(flat: Mapping[str, Any]) -> dict[str, list]:
@@ -12,9 +13,14 @@ def describe(flat: Mapping[str, Any]) -> dict[str, list]:
 
 
 def flatten(state: Any) -> dict[str, Any]:
-    """Arrays (or their shapes) by path; random keys as the integers they hold."""
+    """Arrays (or their shapes) by path; random keys as the integers they hold.
+
+    Empty arrays are left out: Orbax does not save them, and their shape says all.
+    """
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if leaf.size == 0:
+            continue
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = jax.random.key_data
             leaf = data(leaf) if isinstance(leaf, jax.Array) else _like(data, leaf)
@@ -31,6 +37,8 @@ def unflatten(abstract: Any, flat: Mapping[str, jax.Array]) -> Any:
     """The inverse of `flatten`, in the structure of `abstract`."""
 
     def one(path: tuple, leaf: Any) -> jax.Array:
+        if leaf.size == 0:
+            return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
         array = flat[jax.tree_util.keystr(path, simple=True, separator="/")]
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(array)

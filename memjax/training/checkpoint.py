@@ -174,12 +174,14 @@ def read_params(
     """Step and parameters of the newest sound checkpoint, or of `step`.
 
     params: shapes (with shardings) in the layout wanted. ema: their moving average, if kept.
-    Raises CheckpointError if there is none that can be read.
+    Raises ConfigError if there is none, CheckpointError if none can be read.
     """
     steps = list_steps(folder)
+    if not steps:
+        raise ConfigError(f"{folder} has no checkpoint yet; train the run first")
     if step is not None and step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(f"{folder} has no checkpoint of step {step}; there are: {there}")
+        there = ", ".join(map(str, steps))
+        raise ConfigError(f"{folder} has no checkpoint of step {step}; choose from {there}")
     reasons = []
     for candidate in reversed(steps) if step is None else [step]:
         path = folder.absolute() / str(candidate)
@@ -190,8 +192,7 @@ def read_params(
             return candidate, unflatten(wanted, arrays)[group]
         except Damage as damage:
             reasons.append(f"checkpoint {candidate} is damaged: {damage}")
-    reason = reasons[0] if reasons else "no checkpoint was saved yet"
-    raise CheckpointError(f"no checkpoint in {folder} can be read: {reason}")
+    raise CheckpointError(f"no checkpoint in {folder} can be read: {reasons[0]}")
 
 
 def read_body(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from memjax.data import Corpus, open_corpus
 from memjax.data.streams import Batch, batches, iterate
 from memjax.evals.perplexity import quick_eval
 from memjax.experiment import Experiment
+from memjax.sharding import make_mesh
 from memjax.training import workdir as workdirs
 from memjax.training.checkpoint import Checkpoints, list_steps, read_meta
 from memjax.training.clock import Clock
@@ -77,6 +78,7 @@ class _Run:
 
     def __init__(self, experiment: Experiment, workdir: Path, report: Report, stop: Stop):
         self.experiment, self.workdir, self.report, self.stop = experiment, workdir, report, stop
+        mesh = make_mesh(experiment.mesh, experiment.data.batch)  # before the work of the data
         self.corpus = open_corpus(experiment.data, "train")
         tokenizer = self.corpus.tokenizer
         self.valid: Corpus | None = None
@@ -86,7 +88,7 @@ class _Run:
         self.stream: grain.MapDataset = batches(
             experiment.data, self.corpus, segments=experiment.train.horizon, process=process
         )
-        self.trainer: Trainer = make_trainer(experiment, tokenizer.vocab_size)
+        self.trainer: Trainer = make_trainer(experiment, tokenizer.vocab_size, mesh)
         if process[0] == 0:
             workdirs.write_run(workdir, experiment, tokenizer)
         keep = experiment.checkpoint

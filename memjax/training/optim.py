@@ -109,7 +109,7 @@ def _muon(config: Optimizer, schedule: optax.Schedule, decayed: dict, axes: dict
 
     matrix = optax.chain(
         optax.contrib.scale_by_muon(
-            beta=config.beta1, eps=config.eps, weight_dimension_numbers=dimensions
+            beta=config.momentum, eps=config.eps, weight_dimension_numbers=dimensions
         ),
         optax.stateless(lambda updates, _: jax.tree.map(_consistent, updates)),
         optax.add_decayed_weights(config.weight_decay),

@@ -73,7 +73,7 @@ class Trainer(NamedTuple):
 
     definition: nnx.GraphDef
     init: Callable[[], TrainState]
-    step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
+    step: jax.stages.Wrapped
     abstract: TrainState
     mesh: Mesh
 

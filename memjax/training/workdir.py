@@ -3,6 +3,7 @@
 config.json  tokenizer.json  checkpoints/  metrics.jsonl  tensorboard/  eval/  profile/
 """
 
+import contextlib
 import fcntl
 import fnmatch
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memjax import config as configs
-from memjax.config import ConfigError
+from memjax.config import ConfigError, FieldError
 from memjax.data import Tokenizer
 from memjax.experiment import Experiment
 
@@ -54,7 +55,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Make the folder and hold it for this process. Raises ConfigError if another holds it."""
+    """Make the folder and hold it for this process. Raises ConfigError if another holds it.
+
+    A folder that was made here goes again if no run began in it.
+    """
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         strangers = sorted(p.name for p in workdir.iterdir() if p.name != LOCK)
@@ -79,6 +84,11 @@ def locked(workdir: Path) -> Iterator[None]:
             ) from None
         yield
     finally:
+        if not (workdir / CONFIG).exists():
+            (workdir / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                for folder in made:
+                    folder.rmdir()
         os.close(lock)
 
 
@@ -92,7 +102,13 @@ def load_experiment(workdir: Path) -> Experiment:
     path = workdir / CONFIG
     if not path.is_file():
         raise ConfigError(f"--workdir={workdir} holds no run: there is no {CONFIG} in it")
-    return configs.build(Experiment, _read_json(path))
+    try:
+        return configs.build(Experiment, _read_json(path))
+    except FieldError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except ConfigError as error:
+        named = str(error).startswith(str(path))
+        raise error if named else ConfigError(f"{path}: {error}") from None
 
 
 def load_tokenizer(workdir: Path) -> Tokenizer:
@@ -112,12 +128,16 @@ def _read_json(path: Path) -> Any:
 def changes(workdir: Path, experiment: Experiment) -> dict[str, tuple[Any, Any]]:
     """Free fields that differ from those of the run: path -> (old, new); empty for a new run.
 
+    A run that has neither checkpoints nor metrics yet is new: there is nothing to protect.
     Raises ConfigError if a field that is not free differs.
     """
-    path = workdir / CONFIG
-    if not path.is_file():
+    if not (workdir / CONFIG).is_file():
         return {}
-    differences = configs.diff(_read_json(path), experiment)
+    old = load_experiment(workdir)
+    checkpoints = workdir / "checkpoints"
+    if not (workdir / "metrics.jsonl").exists() and not any(checkpoints.glob("[0-9]*")):
+        return {}
+    differences = configs.diff(old, experiment)
     bound = {
         key: pair
         for key, pair in differences.items()
@@ -136,7 +156,7 @@ def changes(workdir: Path, experiment: Experiment) -> dict[str, tuple[Any, Any]]
 
 
 def write_run(workdir: Path, experiment: Experiment, tokenizer: Tokenizer) -> None:
-    """Save what is needed to run again and to evaluate: the tokenizer first, then the config."""
+    """Save what is needed to run again and to evaluate; the config first: it marks a run."""
     path = workdir / TOKENIZER
     if path.is_file() and Tokenizer.load(path).digest != tokenizer.digest:
         raise ConfigError(

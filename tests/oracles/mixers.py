@@ -136,7 +136,7 @@ def lstm(params, config, x_BTD, reset_BT):
         for t, x_D in enumerate(x_TD):
             if reset_BT[lane, t]:
                 cell, hidden = np.zeros(width), np.zeros(width)
-            gates = params["into"]["weight"] @ x_D + params["into"]["bias"]
+            gates = params["into"]["weight"] @ x_D + params["bias"]
             i, f, g, o = np.split(gates + params["recurrent"] @ hidden, 4)
             cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
             hidden = sigmoid(o) * np.tanh(cell)
