@@ -74,6 +74,18 @@ def flip(path):
     path.write_bytes(data)
 
 
+def test_memory_without_entries_is_restored_with_its_shape(tmp_path):
+    """Orbax refuses arrays of no size; a window of one token has such a cache."""
+    cache = jnp.zeros((2, 0, 4), jnp.float32)
+    state = jax.device_put(state_of(1)._replace(memory=(cache,)), HERE)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    restored = checkpoints.restore(abstract(state))
+    assert restored.state.memory[0].shape == (2, 0, 4)
+    assert same(restored.state, state)
+
+
 def test_what_is_restored_is_what_was_saved(tmp_path):
     restored = saved(tmp_path, 1, 2).restore(abstract(state_of(0)))
     assert restored.step == 2 and restored.report == [] and restored.meta["n"] == 2

@@ -1,0 +1,31 @@
+"""arXiv:2006.16236 with the gates of arXiv:2312.06635."""
+
+import numpy as np
+
+from oracles.mixers.parts import rms_norm, sigmoid, silu
+
+
+def linear_attention(params, config, x_BTD, reset_BT):
+    out_BTD = np.zeros_like(x_BTD)
+    for lane, x_TD in enumerate(x_BTD):
+        memory_HKV = 0.0
+        for t, x_D in enumerate(x_TD):
+            q_HK, k_HK, v_HV, gate_HV = (
+                (params[name]["weight"] @ x_D).reshape(config.heads, -1)
+                for name in ("query", "key", "value", "gate")
+            )
+            decay = np.ones((config.heads, 1, 1))
+            if config.decay == "scalar":
+                score_H = params["decay"]["weight"] @ x_D + params["decay"]["bias"]
+                decay = (sigmoid(score_H) ** (1 / 16))[:, None, None]
+            if config.decay == "vector":
+                low = params["decay_into"]["weight"] @ x_D
+                score = params["decay"]["weight"] @ low + params["decay"]["bias"]
+                decay = (sigmoid(score) ** (1 / 16)).reshape(config.heads, -1, 1)
+            if reset_BT[lane, t]:
+                memory_HKV = 0.0
+            memory_HKV = decay * memory_HKV + k_HK[:, :, None] * v_HV[:, None, :]
+            o_HV = np.einsum("hk,hkv->hv", q_HK, memory_HKV) / np.sqrt(q_HK.shape[-1])
+            y_HV = rms_norm(o_HV, params["norm"]["weight"]) * silu(gate_HV)
+            out_BTD[lane, t] = params["out"]["weight"] @ y_HV.ravel()
+    return out_BTD
