@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels.attention import rows
 from pallas_kernels.attention.rule import Places, Rule
-from pallas_kernels.attention.tile import LOWEST, Tile, TileGradients, merge
+from pallas_kernels.attention.tile import LOWEST, Tile, merge
 from pallas_kernels.products import accumulation_dtype
 
 
@@ -35,78 +35,74 @@ def attention_chunked(
     slopes_GR = None
     if slopes_H is not None:
         slopes_GR = slopes_H.astype(accumulation_dtype(q_BTGRK)).reshape(groups, heads // groups)
-    o_BGRTV = _attention(
-        rule,
-        jnp.transpose(q_BTGRK, (0, 2, 3, 1, 4)),
-        jnp.swapaxes(k_BJGK.astype(dtype), 1, 2),
-        jnp.swapaxes(v_BJGV.astype(dtype), 1, 2),
-        slopes_GR,
-        queries,
-        keys,
+    # Cut before heads are moved: XLA on CPU would move the heads of an empty cache too.
+    parts = tuple(
+        (
+            jnp.swapaxes(k_BJGK[:, start:stop].astype(dtype), 1, 2),
+            jnp.swapaxes(v_BJGV[:, start:stop].astype(dtype), 1, 2),
+        )
+        for start, stop in _parts(tokens, k_BJGK.shape[1])
     )
+    q_BGRTK = jnp.transpose(q_BTGRK, (0, 2, 3, 1, 4))
+    o_BGRTV = _attention(rule, q_BGRTK, parts, slopes_GR, queries, keys)
     o_BTGRV = jnp.transpose(o_BGRTV, (0, 3, 1, 2, 4))
     return o_BTGRV.reshape(batch, tokens, heads, v_BJGV.shape[-1]).astype(q_BTHK.dtype)
 
 
+def _parts(tokens: int, keys: int) -> list[tuple[int, int]]:
+    """Ranges of the keys: those of the cache, if any, and those of the segment."""
+    start = max(keys - tokens, 0)
+    return [(0, start), (start, keys)] if start else [(0, keys)]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(rule, q_BGRTK, k_BGJK, v_BGJV, slopes_GR, queries, keys):
-    return _forward(rule, q_BGRTK, k_BGJK, v_BGJV, slopes_GR, queries, keys)[0]
+def _attention(rule, q_BGRTK, parts, slopes_GR, queries, keys):
+    return _forward(rule, q_BGRTK, parts, slopes_GR, queries, keys)[0]
 
 
-def _forward(rule, q_BGRTK, k_BGJK, v_BGJV, slopes_GR, queries, keys):
-    whole = Tile(q_BGRTK, k_BGJK, v_BGJV, slopes_GR, queries, keys)
-    start = _segment_start(whole)
-    segment_rule, segment = _key_range(rule, whole, start, k_BGJK.shape[2])
-    out = rows.forward(segment_rule, segment)
-    if start > 0:
-        prefix_rule, prefix = _key_range(rule, whole, 0, start)
+def _tiles(rule, q_BGRTK, parts, slopes_GR, queries, keys) -> list[tuple[Rule, Tile]]:
+    """The queries against each part of the keys."""
+    count = sum(k_BGJK.shape[2] for k_BGJK, _ in parts)
+    tiles = []
+    for (start, stop), (k_BGJK, v_BGJV) in zip(_parts(q_BGRTK.shape[3], count), parts, strict=True):
+        offset = None if rule.offset is None else rule.offset - start
+        tile = Tile(q_BGRTK, k_BGJK, v_BGJV, slopes_GR, queries, keys.cut(start, stop))
+        tiles.append((rule._replace(offset=offset), tile))
+    return tiles
+
+
+def _forward(rule, q_BGRTK, parts, slopes_GR, queries, keys):
+    *cache, segment = _tiles(rule, q_BGRTK, parts, slopes_GR, queries, keys)
+    out = rows.forward(*segment)
+    for prefix in cache:
         nothing = (jnp.zeros_like(out[0]), jnp.full_like(out[1], LOWEST))
-        compute = functools.partial(rows.forward, prefix_rule, prefix)
-        out = merge(_if_any_seen(prefix.keys, compute, nothing), out)
+        earlier = _if_any_seen(prefix[1].keys, functools.partial(rows.forward, *prefix), nothing)
+        out = merge(earlier, out)
     o_BGRTV, lse_BGRT1 = out
     o_BGRTV = o_BGRTV.astype(q_BGRTK.dtype)
-    return o_BGRTV, (whole, o_BGRTV, lse_BGRT1)
+    return o_BGRTV, (q_BGRTK, parts, slopes_GR, queries, keys, o_BGRTV, lse_BGRT1)
 
 
 def _backward(rule, residuals, d_o_BGRTV):
-    whole, o_BGRTV, lse_BGRT1 = residuals
+    *inputs, o_BGRTV, lse_BGRT1 = residuals
+    q_BGRTK, slopes_GR = inputs[0], inputs[2]
     dtype = accumulation_dtype(o_BGRTV)
     dot_BGRT1 = jnp.sum(d_o_BGRTV.astype(dtype) * o_BGRTV.astype(dtype), axis=-1, keepdims=True)
     cotangent = (lse_BGRT1, dot_BGRT1, d_o_BGRTV)
-    start = _segment_start(whole)
-    segment_rule, segment = _key_range(rule, whole, start, whole.k_BGJK.shape[2])
-    gradients = rows.backward(segment_rule, segment, *cotangent)
-    if start > 0:
-        prefix_rule, prefix = _key_range(rule, whole, 0, start)
-        compute = functools.partial(rows.backward, prefix_rule, prefix, *cotangent)
+    *cache, segment = _tiles(rule, *inputs)
+    gradients = [rows.backward(*segment, *cotangent)]
+    for prefix in cache:
+        compute = functools.partial(rows.backward, *prefix, *cotangent)
         nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(compute))
-        earlier = _if_any_seen(prefix.keys, compute, nothing)
-        gradients = TileGradients(
-            earlier.q_BGRCK + gradients.q_BGRCK,
-            jnp.concatenate([earlier.k_BGJK, gradients.k_BGJK], axis=2),
-            jnp.concatenate([earlier.v_BGJV, gradients.v_BGJV], axis=2),
-            None if whole.slopes_GR is None else earlier.slopes_GR + gradients.slopes_GR,
-        )
-    d_q, d_k, d_v = (x.astype(whole.q_BGRCK.dtype) for x in gradients[:3])
-    return d_q, d_k, d_v, gradients.slopes_GR, None, None
+        gradients.insert(0, _if_any_seen(prefix[1].keys, compute, nothing))
+    kind = q_BGRTK.dtype
+    d_q = sum(part.q_BGRCK for part in gradients).astype(kind)
+    d_parts = tuple((part.k_BGJK.astype(kind), part.v_BGJV.astype(kind)) for part in gradients)
+    d_slopes = None if slopes_GR is None else sum(part.slopes_GR for part in gradients)
+    return d_q, d_parts, d_slopes, None, None
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _segment_start(whole: Tile) -> int:
-    """Index of the first key that belongs to the segment itself."""
-    return max(whole.k_BGJK.shape[2] - whole.q_BGRCK.shape[3], 0)
-
-
-def _key_range(rule: Rule, whole: Tile, start: int, stop: int) -> tuple[Rule, Tile]:
-    part = whole._replace(
-        k_BGJK=whole.k_BGJK[:, :, start:stop],
-        v_BGJV=whole.v_BGJV[:, :, start:stop],
-        keys=whole.keys.cut(start, stop),
-    )
-    offset = None if rule.offset is None else rule.offset - start
-    return rule._replace(offset=offset), part
 
 
 def _if_any_seen(keys: Places, compute, nothing):
