@@ -230,7 +230,7 @@ def test_parameters_alone_are_read_and_the_average_is_preferred(tmp_path):
     assert step == 2 and same(read, state_of(2).ema)
     assert same(read_params(tmp_path, params, ema=False)[1], state_of(2).params)
     assert same(read_params(tmp_path, params, 1, ema=False)[1], state_of(1).params)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 7; there are: 1, 2"):
+    with pytest.raises(ConfigError, match="no checkpoint of step 7; choose from 1, 2"):
         read_params(tmp_path, params, 7)
     truncate(largest(tmp_path / "2"))
     assert read_params(tmp_path, params, ema=False)[0] == 1
@@ -258,6 +258,9 @@ EXPERIMENT = Experiment(model=Model(d_model=8, pattern=("lstm",)))
 
 def test_a_run_with_another_config_is_refused_with_what_differs(tmp_path):
     workdir.write_run(tmp_path, EXPERIMENT, Bytes())
+    anything = dataclasses.replace(EXPERIMENT, data=Data(batch=4))
+    assert workdir.changes(tmp_path, anything) == {}  # no step was made yet
+    (tmp_path / "metrics.jsonl").touch()
     assert workdir.changes(tmp_path, EXPERIMENT) == {}
     assert workdir.load_experiment(tmp_path) == EXPERIMENT
     other = dataclasses.replace(
@@ -272,6 +275,7 @@ def test_a_run_with_another_config_is_refused_with_what_differs(tmp_path):
 
 def test_fields_that_do_not_change_the_computation_may_change(tmp_path):
     workdir.write_run(tmp_path, EXPERIMENT, Bytes())
+    (tmp_path / "metrics.jsonl").touch()
     other = dataclasses.replace(
         EXPERIMENT,
         train=Train(steps=2000, log_every=1, max_skipped=3),

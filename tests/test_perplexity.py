@@ -371,7 +371,8 @@ def test_an_evaluation_is_written_beside_its_run(tmp_path, lm, corpus):
     names = ("step", "task", "split", "protocol", "context", "stride", "carry")
     assert tuple(values[name] for name in names) == wanted
     (path,) = (tmp_path / "eval").iterdir()
-    assert path.name == "text-test-windows-context16-step12.json"
+    digest = json.loads(path.read_text())["data_digest"][:8]
+    assert path.name == f"text-test-windows-context16-step12-{digest}.json"
     assert json.loads(path.read_text()) == values
     sliding = runs.run_eval(tmp_path, max_documents=2)  # the run's own protocol
     assert (sliding["context"], sliding["stride"], sliding["documents"]) == (8, 3, 2)

@@ -97,6 +97,7 @@ class _Run:
         self.pending: tuple[int, Metrics] | None = None
         self.last: dict[str, Any] = {}
         self.eval_loss: float | None = None
+        self.skipping = False
         self.state, self.clock = self._begin()
         self.best = self.checkpoints.best_loss()
 
@@ -176,7 +177,9 @@ class _Run:
         better = loss is not None and (self.best is None or loss < self.best)
         if better:
             self.best = loss
-        if save or (better and config.checkpoint.keep_best > 0):
+        # While updates are left out, a checkpoint of the step that ruined the run is worth nothing.
+        wait = self.skipping and received is None and not last
+        if (save or (better and config.checkpoint.keep_best > 0)) and not wait:
             self._save()
         if received is not None and not last:
             self.checkpoints.wait()
@@ -203,7 +206,8 @@ class _Run:
             "skipped": int(metrics.skipped),
             "seconds": self.clock.seconds(),
         }
-        if not metrics.finite:
+        self.skipping = not metrics.finite
+        if self.skipping:
             self._skipped(step, metrics)
         if step % train.log_every == 0 or step == train.steps or values:
             record = self.last | {"tokens_per_s": self.clock.rate()} | (values or {})
