@@ -3,6 +3,8 @@
 Command:   memjax train --config=configs/wikitext_small.py --config.data.path=WIKITEXT_FOLDER
            variants: `attention` (same size, window of 256), `zeroed` (memory not carried)
 Hardware:  2 CPU cores
+Duration:  about 10 minutes, 15 beside other work
+Result:    experiments/wikitext2: test word perplexity 360, memory carried
 """
 
 import dataclasses
