@@ -4,7 +4,7 @@ Command:   memjax train --config=configs/books_small.py --config.data.path=PG19_
            variants: `attention` (same size, window of 256), `zeroed` (memory not carried)
 Hardware:  2 CPU cores
 Duration:  about 10 minutes, 15 beside other work
-Result:    experiments/books
+Result:    experiments/books: test word perplexity 2,369 of 8 books, memory carried
 """
 
 import dataclasses

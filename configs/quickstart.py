@@ -3,6 +3,8 @@
 Command:   memjax train --config=configs/quickstart.py
            variants: `attention` (sliding window), `lstm`
 Hardware:  2 CPU cores
+Duration:  2 minutes
+Result:    2.19 bits a byte on the test split, memory carried (Python 3.11)
 """
 
 from memjax.data import Data
