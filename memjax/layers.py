@@ -83,7 +83,8 @@ def _weight_gradient_cpu(x: jax.Array, dy: jax.Array) -> jax.Array:
     """In two halves: XLA on CPU then copies the operands as they are.
 
     In one product it transposes dy while it computes it, entry by entry, which takes longer than
-    the product; a step of a model is 1.15 times as fast in halves.
+    the product. Layers of projections and gates alone are about 1.15 times as fast in halves; of a
+    whole model's step the gain was within noise.
     """
     tokens = math.prod(x.shape[:-1])
     if tokens % 2:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from memjax.config import ConfigError
+from memjax.training.metrics import FILE, read_records
 
 
 def list_runs(folder: str) -> list[dict[str, Any]]:
@@ -22,19 +23,9 @@ def _row(run: Path, root: Path) -> dict[str, Any]:
         row["steps"] = json.loads((run / "config.json").read_text())["train"]["steps"]
     except (json.JSONDecodeError, KeyError, TypeError, OSError):
         return {**row, "note": "config.json cannot be read"}
-    last = last_metrics(run)
+    metrics = run / FILE
+    records = read_records(metrics) if metrics.is_file() else []
+    last = records[-1] if records else {}
     row |= {"step": last.get("step", 0), "loss": last.get("loss"), "tokens": last.get("tokens")}
     row["evaluations"] = len(list((run / "eval").glob("*.json")))
     return row
-
-
-def last_metrics(run: Path) -> dict[str, Any]:
-    """The last whole line of a run's metrics, or nothing."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for line in reversed(lines):
-        try:
-            return json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that a killed process did not finish
-    return {}

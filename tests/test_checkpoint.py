@@ -296,7 +296,9 @@ def test_a_second_process_on_a_live_run_is_refused(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="in use"), workdir.locked(tmp_path):
             pass
-    with workdir.locked(tmp_path), pytest.raises(ConfigError), workdir.locked(tmp_path):
-        pass
+    with workdir.locked(tmp_path):
+        with pytest.raises(ConfigError), workdir.locked(tmp_path):
+            pass
+        assert (tmp_path / ".lock").exists()  # a refused start leaves the lock of the live run
     with workdir.locked(tmp_path):
         pass

@@ -107,11 +107,6 @@ def make_trainer(experiment: Experiment, vocab_size: int, mesh: Mesh | None = No
     return Trainer(definition, init, step, abstract, mesh)
 
 
-def init_state(experiment: Experiment, vocab_size: int, mesh: Mesh | None = None) -> TrainState:
-    """The state before the first step; every array is made where it lives."""
-    return make_trainer(experiment, vocab_size, mesh).init()
-
-
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows as part of the global batch, on the devices."""
     rows = sharding.lanes(mesh)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memjax import config as configs
-from memjax.config import ConfigError, FieldError
+from memjax.config import ConfigError
 from memjax.data import Tokenizer
 from memjax.experiment import Experiment
 
@@ -75,13 +75,14 @@ def locked(workdir: Path) -> Iterator[None]:
             "write to"
         ) from None
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"--workdir={workdir} is in use by another process; wait for it to end, or choose "
-                "another --workdir"
-            ) from None
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigError(
+            f"--workdir={workdir} is in use by another process; wait for it to end, or choose "
+            "another --workdir"
+        ) from None
+    try:
         yield
     finally:
         if not (workdir / CONFIG).exists():
@@ -102,13 +103,11 @@ def load_experiment(workdir: Path) -> Experiment:
     path = workdir / CONFIG
     if not path.is_file():
         raise ConfigError(f"--workdir={workdir} holds no run: there is no {CONFIG} in it")
+    values = _read_json(path)
     try:
-        return configs.build(Experiment, _read_json(path))
-    except FieldError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        return configs.build(Experiment, values)
     except ConfigError as error:
-        named = str(error).startswith(str(path))
-        raise error if named else ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def load_tokenizer(workdir: Path) -> Tokenizer:
