@@ -137,7 +137,7 @@ def time_decoding(
     @jax.jit
     def read(params, state, tokens_BT):
         no_reset_BT = jnp.zeros(tokens_BT.shape, bool)
-        return merge(definition, params).hidden(state, tokens_BT, no_reset_BT)[0]
+        return merge(definition, params).read(state, tokens_BT, no_reset_BT).state
 
     @jax.jit
     def decode(params, state, token_B1):

@@ -29,11 +29,11 @@ def count_parameters(config: Model, vocab_size: int) -> dict[str, int]:
     """Parameters by part; `total` is their sum, `non_embedding` leaves out input and output."""
     shapes = parameter_shapes(config, vocab_size)
     parts = {"embedding": _size(shapes["embedding"]), "output": _size(shapes.get("output", {}))}
-    for name, block in shapes["patterns"]["blocks"].items():
+    stacks = [shapes["patterns"], *([shapes["tail"]] if "tail" in shapes else [])]
+    for name, block in (item for stack in stacks for item in stack["blocks"].items()):
         for part, tree in block.items():
-            parts[f"{name.partition('_')[2]}.{part}"] = parts.get(
-                f"{name.partition('_')[2]}.{part}", 0
-            ) + _size(tree)
+            key = f"{name.partition('_')[2]}.{part}"
+            parts[key] = parts.get(key, 0) + _size(tree)
     parts["norm"] = _size(shapes["norm"])
     total = sum(parts.values())
     non_embedding = total - parts["embedding"] - parts["output"]
@@ -43,7 +43,7 @@ def count_parameters(config: Model, vocab_size: int) -> dict[str, int]:
 def mixer_reports(config: Model, segment: int) -> list[dict[str, Any]]:
     """State and forward FLOPs of each layer's mixer, in order."""
     reports = {}
-    for name in dict.fromkeys(config.pattern):
+    for name in dict.fromkeys(config.layers_in_order):
         mixer_config = config.mixer(name)
         mixer = nnx.eval_shape(
             lambda c=mixer_config: make_mixer(c, config.d_model, rngs=nnx.Rngs(0))
@@ -56,8 +56,7 @@ def mixer_reports(config: Model, segment: int) -> list[dict[str, Any]]:
             "flops_per_token": report.flops_per_token,
             "recurrence_flops": report.recurrence_flops,
         }
-    layers = config.pattern * config.repeat
-    return [{"layer": i, **reports[name]} for i, name in enumerate(layers)]
+    return [{"layer": i, **reports[name]} for i, name in enumerate(config.layers_in_order)]
 
 
 def flops(config: Model, vocab_size: int, segment: int) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""Parts that mixers and models share: linear maps, norms, the MLP, positions, short convolution."""
+"""Parts that mixers and models share: linear maps, norms, the MLP, short convolution."""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -115,9 +116,10 @@ def l2_normalise(x: Float[Array, "*lead size"], eps: float = 1e-6) -> Float[Arra
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SwiGLU:
+class GatedMLP:
     """The MLP of a block: width = ratio * d_model, rounded up to a multiple of 8."""
 
+    kind: ClassVar[str]
     ratio: float = 8 / 3
 
     def __post_init__(self):
@@ -127,55 +129,39 @@ class SwiGLU:
         return 8 * math.ceil(self.ratio * d_model / 8)
 
 
-class MLP(nnx.Module):
-    """SwiGLU: y = W_out (silu(a) * b), with (a, b) = W_in x in one product (arXiv:2002.05202)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwiGLU(GatedMLP):
+    """A gate of SiLU (arXiv:2002.05202)."""
 
-    def __init__(self, config: SwiGLU, d_model: int, *, rngs: nnx.Rngs):
+    kind: ClassVar[str] = "swiglu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeGLU(GatedMLP):
+    """A gate of GELU, in its tanh form (arXiv:2002.05202)."""
+
+    kind: ClassVar[str] = "geglu"
+
+
+MLPS: dict[str, type[GatedMLP]] = {"swiglu": SwiGLU, "geglu": GeGLU}
+GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "swiglu": jax.nn.silu,
+    "geglu": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+class MLP(nnx.Module):
+    """y = W_out (gate(a) * b), with (a, b) = W_in x in one product."""
+
+    def __init__(self, config: GatedMLP, d_model: int, *, rngs: nnx.Rngs):
         width = config.width(d_model)
+        self.gate = config.kind
         self.into = Linear(d_model, 2 * width, rngs=rngs, axes=("hidden", "embed"))
         self.out = Linear(width, d_model, rngs=rngs, axes=("embed", "hidden"))
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate_BTF, up_BTF = jnp.split(self.into(x_BTD), 2, -1)
-        return self.out(jax.nn.silu(gate_BTF) * up_BTF)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rotary:
-    """Rotary positions (arXiv:2104.09864): pairs (i, i + K/2) turn by position * base^(-2i/K)."""
-
-    kind: ClassVar[str] = "rotary"
-    base: float = 10_000.0
-
-    def __post_init__(self):
-        check(self, "base", self.base > 1, "must be greater than 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoPE:
-    """No positions: order reaches attention through causality alone (arXiv:2305.19466)."""
-
-    kind: ClassVar[str] = "nope"
-
-
-Position = Rotary | NoPE
-
-
-def apply_position(
-    config: Position, x_BTHK: Float[Array, "B T H K"], position_BT: Int[Array, "B T"]
-) -> Float[Array, "B T H K"]:
-    """Queries or keys with their positions worked in; angles in float32."""
-    if isinstance(config, NoPE):
-        return x_BTHK
-    half = x_BTHK.shape[-1] // 2
-    frequency_K = config.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BTK = position_BT[:, :, None].astype(jnp.float32) * frequency_K
-    turn_BT1K = materialise(jnp.concatenate([jnp.cos(angle_BTK), jnp.sin(angle_BTK)], -1))
-    cos, sin = jnp.split(turn_BT1K[:, :, None], 2, -1)
-    halves = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], 2, half)
-    first, second = halves[..., 0, :], halves[..., 1, :]
-    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], -2)
-    return turned.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
+        return self.out(GATES[self.gate](gate_BTF) * up_BTF)
 
 
 def materialise(x: jax.Array) -> jax.Array:
@@ -203,13 +189,6 @@ def document_ids(reset_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     before_BN = jnp.dot(inside_BNC[:, :, -1], before_NN, precision=highest)
     ids_BNC = materialise(inside_BNC + before_BN[:, :, None])
     return ids_BNC.reshape(batch, -1)[:, :length].astype(jnp.int32)
-
-
-def positions(start_B: Int[Array, "B"], reset_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position in its document of every token, `start_B` being that of a token at t = 0."""
-    steps_T = jnp.arange(reset_BT.shape[1], dtype=jnp.int32)
-    last_BT = jax.lax.cummax(jnp.where(reset_BT, steps_T, -1), axis=1)
-    return jnp.where(last_BT >= 0, steps_T - last_BT, start_B[:, None] + steps_T)
 
 
 class ShortConv(nnx.Module):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memjax.layers import NoPE
 from memjax.mixers import MIXERS, Attention, GatedDeltaNet, LinearAttention
 from memjax.model import LanguageModel, Model, make_mixer
+from memjax.positions import NoPE
 
 WIDTH = 16
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"shapes", "config", "errors", "platform", "tables"},
-    {"layers", "sharding"},
+    {"layers", "positions", "sharding"},
     {"mixers", "memory", "data"},
     {"model"},
     {"training", "evals"},

@@ -8,8 +8,11 @@ from cases import model_of
 from flax import nnx
 
 from memjax.config import ConfigError
-from memjax.mixers import LSTM, Attention
+from memjax.layers import GeGLU
+from memjax.mixers import LSTM, MIXERS, Attention
+from memjax.mixers.lstm import LSTMMixer
 from memjax.model import LANE_AXIS, LanguageModel, Model, logical_axes, merge, split
+from memjax.positions import NoPE
 
 LENGTH = 29
 
@@ -118,6 +121,13 @@ def test_dropout_needs_a_key_and_drops_the_stated_share():
     assert jnp.abs(one - plain).max() > 1e-3 and jnp.abs(one - other).max() > 1e-3
 
 
+def test_a_cap_bounds_the_logits_and_leaves_small_ones():
+    x, reset = tokens()
+    lm, capped = model_of(), model_of(logit_cap=2.0)
+    _, plain = lm(lm.init_state(3), x, reset)
+    assert_close(capped(capped.init_state(3), x, reset)[1], 2 * np.tanh(np.asarray(plain) / 2))
+
+
 def test_untied_output_is_a_matrix_of_its_own():
     lm = model_of(tied=False)
     x, reset = tokens()
@@ -139,7 +149,9 @@ def test_a_program_has_one_body_whatever_the_depth():
 
 
 def test_every_parameter_has_logical_axes_that_fit_its_shape(lm):
-    config = Model(d_model=16, pattern=("attention", "gated_deltanet", "lstm"), repeat=2)
+    config = Model(
+        d_model=16, pattern=("attention", "gated_deltanet"), repeat=2, tail=("lstm",), mlp=GeGLU()
+    )
     params = split(LanguageModel(config, 31, rngs=nnx.Rngs(0)))[1]
     axes = logical_axes(config, 31)
     ranks = jax.tree.map(len, axes, is_leaf=lambda a: isinstance(a, tuple))
@@ -155,6 +167,8 @@ def test_every_parameter_has_logical_axes_that_fit_its_shape(lm):
         (dict(d_model=10, pattern=("attention",)), "mixers.attention.heads=4 must divide"),
         (dict(dropout=1.0), "dropout=1.0 must be in [0, 1)"),
         (dict(repeat=0), "repeat=0 must be at least 1"),
+        (dict(tail=("atention",)), "tail[0]='atention' names no mixer; choose from"),
+        (dict(logit_cap=0.0), "logit_cap=0.0 must be greater than 0"),
     ],
 )
 def test_impossible_model_is_refused_with_the_field_and_the_rule(fields, message):
@@ -164,7 +178,47 @@ def test_impossible_model_is_refused_with_the_field_and_the_rule(fields, message
 
 
 def test_position_of_the_model_replaces_that_of_its_mixers():
-    from memjax.layers import NoPE
-
     config = Model(pattern=("attention",), mixers={"attention": Attention()}, position=NoPE())
     assert config.mixer("attention").position == NoPE()
+
+
+class CoupledConfig(LSTM):
+    kind = "coupled"
+
+
+class Coupled(LSTMMixer):
+    """Its out-projection is multiplied by its depth, counted from 1; auxiliary loss of 2."""
+
+    @staticmethod
+    def couple(params):
+        weight = params["out"]["weight"]
+        depth = 1.0 + jnp.arange(weight.shape[0])[:, None, None]
+        return {**params, "out": {"weight": depth * weight}}
+
+    def auxiliary_loss(self, state, x_BTD, reset_BT):
+        return jnp.float32(2.0)
+
+
+def test_layers_learn_their_depth_in_the_order_of_the_model(monkeypatch):
+    def model(coupled):
+        layers = dict(pattern=("lstm", "coupled", "coupled"), repeat=2, tail=("coupled", "lstm"))
+        mixers = {"lstm": LSTM(), "coupled": coupled}
+        config = Model(d_model=16, mixers=mixers, mlp=None, **layers)
+        return LanguageModel(config, 31, rngs=nnx.Rngs(0))
+
+    definition, params = split(model(LSTM()))
+    for (repeat, block), factor in {(0, 1): 1, (0, 2): 2, (1, 1): 3, (1, 2): 4}.items():
+        out = params["patterns"]["blocks"][f"{block}_coupled"]["mixer"]["out"]
+        out["weight"] = out["weight"].at[repeat].multiply(factor)
+    out = params["tail"]["blocks"]["0_coupled"]["mixer"]["out"]
+    out["weight"] = 5 * out["weight"]
+    want, (x, reset) = merge(definition, params), tokens(7)
+    expected = want(want.init_state(3), x, reset)[1]
+
+    monkeypatch.setitem(MIXERS, "coupled", (CoupledConfig, Coupled))
+    lm = model(CoupledConfig())
+    before = jax.tree.map(jnp.copy, split(lm)[1])
+    got = lm.read(lm.init_state(3), x, reset)
+    assert_close(lm.logits(got.hidden_BTD), expected)
+    assert float(got.auxiliary) == 2.0
+    assert_close(split(lm)[1], before, 0)

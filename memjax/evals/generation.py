@@ -159,7 +159,7 @@ def _read(definition, params, state, tokens_BT):
     reset_BT = jnp.zeros(tokens_BT.shape, bool)
     if state is None:
         state, reset_BT = lm.init_state(tokens_BT.shape[0]), reset_BT.at[:, 0].set(True)
-    state, hidden_BTD = lm.hidden(state, tokens_BT, reset_BT)
+    state, hidden_BTD, _ = lm.read(state, tokens_BT, reset_BT)
     return state, lm.logits(hidden_BTD[:, -1:])[:, 0]
 
 

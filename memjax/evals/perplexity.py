@@ -153,7 +153,7 @@ def _compiled(definition: nnx.GraphDef, mesh: Mesh | None) -> tuple[Callable, Ca
 
     def score(params, state, tokens_BT, targets_BT, reset_BT):
         lm = merge(definition, params)
-        state, hidden_BTD = lm.hidden(state, tokens_BT, reset_BT)
+        state, hidden_BTD, _ = lm.read(state, tokens_BT, reset_BT)
         return state, token_nll(lm, hidden_BTD, targets_BT)
 
     if mesh is None:

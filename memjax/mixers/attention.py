@@ -9,15 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import check, check_at_least
-from memjax.layers import (
-    Linear,
-    Position,
-    Rotary,
-    apply_position,
-    check_heads,
-    document_ids,
-    positions,
-)
+from memjax.layers import Linear, check_heads, document_ids
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -25,6 +17,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
+from memjax.positions import PositionField, Rotary, apply_position, positions
 from pallas_kernels import attention
 
 
@@ -45,7 +38,7 @@ class Attention(MixerConfig):
     head_size: int | None = None
     window: int | None = None
     context: int = 1024
-    position: Position = Rotary()
+    position: PositionField = Rotary()
     impl: Literal["auto", "reference", "xla", "tpu", "gpu"] = "auto"
 
     def __post_init__(self):

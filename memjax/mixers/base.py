@@ -16,6 +16,7 @@ from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 State = Any
@@ -59,6 +60,21 @@ class SequenceMixer(nnx.Module):
     @abstractmethod
     def __call__(self, state: State, x_BTD: jax.Array, reset_BT: jax.Array):
         """Mix a segment: returns the state after it and y_BTD."""
+
+    def auxiliary_loss(self, state: State, x_BTD: jax.Array, reset_BT: jax.Array) -> jax.Array:
+        """What training adds to the loss for this segment, weighted, a float32 scalar.
+
+        The model takes the mean over its layers that have one.
+        """
+        return jnp.zeros((), jnp.float32)
+
+    @staticmethod
+    def couple(params: dict) -> dict:
+        """The parameters of all layers of this mixer, stacked in order of depth, as they use them.
+
+        For layers that know their depth; the others leave it as it is.
+        """
+        return params
 
     @abstractmethod
     def memory_report(self, segment: int = 1024, state: State | None = None) -> MemoryReport:

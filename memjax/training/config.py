@@ -77,6 +77,11 @@ class Train:
         ordered = self.profile is None or 0 < self.profile[0] <= self.profile[1]
         check(self, "profile", ordered, "must be (first, last) with 0 < first <= last")
 
+    @property
+    def pieces(self) -> int:
+        """Forward passes a step."""
+        return self.horizon * self.accumulate
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:

@@ -203,6 +203,7 @@ class _Run:
             "tokens_per_s": 0.0,
             "learning_rate": float(metrics.learning_rate),
             "grad_norm": float(metrics.grad_norm),
+            "auxiliary_loss": float(metrics.auxiliary),
             "skipped": int(metrics.skipped),
             "seconds": self.clock.seconds(),
         }

@@ -3,6 +3,7 @@
     state, metrics = step(state, batch)
 
     loss = sum(weight * nll) / sum(weight) + z_loss * sum(weight * log(Z)^2) / sum(weight)
+           + mean of the auxiliary losses of the mixers
 
 over the global batch, in float32, natural logarithms. A step reads `horizon` segments a row; the
 memory is threaded through them and the gradient flows through all of them. What the step before
@@ -50,12 +51,14 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """Scalars of one step.
 
-    loss: nats a token. z: mean of log(Z)^2. tokens: sum of the weights. grad_norm: before
-    clipping. learning_rate: of this update. finite: whether the update was made.
+    loss: nats a token. z: mean of log(Z)^2. auxiliary: losses of the mixers, weighted. tokens: sum
+    of the weights. grad_norm: before clipping. learning_rate: of this update. finite: whether the
+    update was made.
     """
 
     loss: jax.Array
     z: jax.Array
+    auxiliary: jax.Array
     tokens: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
@@ -129,8 +132,8 @@ def make_step(
         sums, grads, memory = gradient(state.params, state.memory, batch, key, tokens)
         grad_norm = optax.tree.norm(grads)
         count = jnp.maximum(tokens, 1.0)
-        loss, z = sums.nll / count, sums.z / count
-        finite = jnp.isfinite(loss + config.z_loss * z) & jnp.isfinite(grad_norm)
+        loss, z, auxiliary = sums.nll / count, sums.z / count, sums.auxiliary / config.pieces
+        finite = jnp.isfinite(loss + config.z_loss * z + auxiliary) & jnp.isfinite(grad_norm)
         finite &= ~_any_nan(memory)
 
         def update():
@@ -144,7 +147,7 @@ def make_step(
         skipped = state.skipped + ~finite
         in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
         rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
-        metrics = Metrics(loss, z, tokens, grad_norm, rate, finite, skipped, in_row)
+        metrics = Metrics(loss, z, auxiliary, tokens, grad_norm, rate, finite, skipped, in_row)
         state = TrainState(
             params, opt_state, memory, ema, state.step + 1, skipped, in_row, state.rng
         )
@@ -156,6 +159,7 @@ def make_step(
 class _Sums(NamedTuple):
     nll: jax.Array
     z: jax.Array
+    auxiliary: jax.Array
 
 
 def _gradient(experiment: Experiment, definition: nnx.GraphDef) -> Callable:
@@ -167,7 +171,7 @@ def _gradient(experiment: Experiment, definition: nnx.GraphDef) -> Callable:
         start = jax.lax.stop_gradient(memory) if config.carry else lm.init_state(rows)
         sums, memory = _read(lm, start, batch, key, config.horizon, experiment.model.dropout > 0)
         total = (sums.nll + config.z_loss * sums.z) / jnp.maximum(tokens, 1.0)
-        return total, (sums, memory)
+        return total + sums.auxiliary / config.pieces, (sums, memory)
 
     def part(params, memory, batch, key, tokens):
         grads, (sums, memory) = jax.grad(loss, has_aux=True)(params, memory, batch, key, tokens)
@@ -184,7 +188,7 @@ def _gradient(experiment: Experiment, definition: nnx.GraphDef) -> Callable:
             )
             return jax.tree.map(jnp.add, carry, (sums, grads)), memory if config.carry else ()
 
-        zero = (_Sums(jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
+        zero = (_Sums(*[jnp.zeros(())] * 3), jax.tree.map(jnp.zeros_like, params))
         count = config.accumulate
         xs = (
             jnp.arange(count),
@@ -202,10 +206,11 @@ def _read(lm: LanguageModel, state, batch, key, horizon: int, dropout: bool):
 
     def segment(state, xs):
         batch, key = xs
-        state, hidden_BTD = lm.hidden(
+        state, hidden_BTD, auxiliary = lm.read(
             state, batch["tokens_BT"], batch["reset_BT"], dropout_key=key if dropout else None
         )
-        return state, _score(lm, hidden_BTD, batch["targets_BT"], batch["weight_BT"])
+        nll, z = _score(lm, hidden_BTD, batch["targets_BT"], batch["weight_BT"])
+        return state, _Sums(nll, z, auxiliary)
 
     if horizon == 1:
         state, sums = segment(state, (batch, key))
@@ -219,14 +224,14 @@ def _read(lm: LanguageModel, state, batch, key, horizon: int, dropout: bool):
     return jax.tree.map(jnp.sum, sums), state
 
 
-def _score(lm: LanguageModel, hidden_BTD, targets_BT, weight_BT) -> _Sums:
+def _score(lm: LanguageModel, hidden_BTD, targets_BT, weight_BT) -> tuple[jax.Array, jax.Array]:
     """Weighted sums of nll and log(Z)^2, in parts of the segment if its logits are many."""
 
     def part(hidden_BTD, targets_BT, weight_BT):
         logits_BTY = lm.logits(hidden_BTD).astype(jnp.float32)
         z_BT = jax.nn.logsumexp(logits_BTY, -1)
         target_BT = jnp.take_along_axis(logits_BTY, targets_BT[..., None], -1)[..., 0]
-        return _Sums(jnp.sum(weight_BT * (z_BT - target_BT)), jnp.sum(weight_BT * jnp.square(z_BT)))
+        return jnp.sum(weight_BT * (z_BT - target_BT)), jnp.sum(weight_BT * jnp.square(z_BT))
 
     rows, length = targets_BT.shape
     vocab_size = lm.embedding.shape[0]
@@ -241,7 +246,7 @@ def _score(lm: LanguageModel, hidden_BTD, targets_BT, weight_BT) -> _Sums:
     def add(sums, xs):
         return jax.tree.map(jnp.add, sums, part(*xs)), None
 
-    zero = _Sums(jnp.zeros(()), jnp.zeros(()))
+    zero = jnp.zeros(()), jnp.zeros(())
     xs = (cut(hidden_BTD), cut(targets_BT), cut(weight_BT))
     return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, xs)[0]
 
