@@ -7,8 +7,9 @@
 """
 
 from memjax.data.config import Data, cache_folder
-from memjax.data.corpus import Corpus, describe, load_tokenizer, open_corpus
+from memjax.data.corpus import Corpus, describe, load_tokenizer, open_corpus, open_data
 from memjax.data.errors import DataError
+from memjax.data.generated import TaskCorpus
 from memjax.data.text import count_words
 from memjax.data.tokenizers import Tokenizer
 
@@ -16,10 +17,12 @@ __all__ = [
     "Corpus",
     "Data",
     "DataError",
+    "TaskCorpus",
     "Tokenizer",
     "cache_folder",
     "count_words",
     "describe",
     "load_tokenizer",
     "open_corpus",
+    "open_data",
 ]

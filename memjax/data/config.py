@@ -8,8 +8,9 @@ from typing import Literal
 from memjax import platform
 from memjax.config import check, check_at_least
 from memjax.data.errors import DataError
+from memjax.data.tasks import TaskField
 
-SourceName = Literal["stdlib", "text", "wikitext", "pg19"]
+SourceName = Literal["stdlib", "text", "wikitext", "pg19", "task"]
 TokenizerName = Literal["bytes", "bpe", "words"]
 StreamName = Literal["packed", "documents"]
 
@@ -42,6 +43,7 @@ class Data:
 
     source: SourceName = "stdlib"
     path: str | None = None
+    task: TaskField | None = None
     tokenizer: TokenizerName = "bytes"
     vocab_size: int | None = None
     stream: StreamName = "packed"
@@ -55,13 +57,18 @@ class Data:
         check_at_least(self, 1, "sequence", "batch")
         check_at_least(self, 0, "seed", "threads")
         self._check_vocabulary()
+        is_task = self.source == "task"
+        check(self, "task", (self.task is not None) == is_task, 'goes with source="task" alone')
+        plain = not is_task or self.tokenizer == "bytes"
+        check(self, "tokenizer", plain, "is not used with source=task; leave it out")
         given = self.path is not None
         check(self, "path", self.path != "", "must name a file or folder, or be none")
         check(
             self,
             "path",
-            not (given and self.source == "stdlib"),
-            "is not read with source=stdlib; set source=text, wikitext or pg19, or drop path",
+            not (given and self.source in ("stdlib", "task")),
+            f"is not read with source={self.source}; set source=text, wikitext or pg19, "
+            "or drop path",
         )
 
     def _check_vocabulary(self) -> None:

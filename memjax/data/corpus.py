@@ -19,14 +19,16 @@ from typing import Any
 
 import numpy as np
 
+from memjax.config import to_dict
 from memjax.data import cache
 from memjax.data.config import DEFAULT_BPE_SIZE, Data, cache_folder
 from memjax.data.documents import Document, Source, split_name, unreadable
 from memjax.data.errors import DataError
+from memjax.data.generated import TaskCorpus, open_task
 from memjax.data.progress import reading
 from memjax.data.sources import open_source
 from memjax.data.text import space_blocks, whole_lines
-from memjax.data.tokenizers import Bpe, Bytes, Tokenizer, Words
+from memjax.data.tokenizers import Bpe, Bytes, Symbols, Tokenizer, Words
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,13 @@ class Corpus:
         return int(self.starts[-1]) - len(self.names)
 
 
+def open_data(config: Data, split: str, tokenizer: Tokenizer | None = None) -> Corpus | TaskCorpus:
+    """The split of a corpus, or of a task: see `open_corpus` and `memjax.data.generated`."""
+    if config.task is not None:
+        return open_task(config, split)
+    return open_corpus(config, split, tokenizer)
+
+
 def open_corpus(config: Data, split: str, tokenizer: Tokenizer | None = None) -> Corpus:
     """Open a split ("train", "valid", "test" or "all"), building its cache if need be.
 
@@ -88,11 +97,16 @@ def open_corpus(config: Data, split: str, tokenizer: Tokenizer | None = None) ->
 
 def load_tokenizer(config: Data) -> Tokenizer:
     """The tokenizer of `config`, trained on its training split the first time."""
+    if config.task is not None:
+        return Symbols(config.task.vocab_size)
     return Bytes() if config.tokenizer == "bytes" else _tokenizer(config, open_source(config))
 
 
 def describe(config: Data) -> dict[str, Any]:
     """Sizes of every split, as JSON values; builds and fully verifies the cache."""
+    if config.task is not None:
+        vocabulary = config.task.vocab_size
+        return {"source": "task", "task": to_dict(config.task), "vocabulary": vocabulary}
     source = open_source(config)
     tokenizer = _tokenizer(config, source)
     splits = {}

@@ -20,6 +20,8 @@ row r of the step before. A lane may begin inside a document, whose state then s
 
 In both, an epoch holds every target of the corpus exactly once, with weight 1. Processes own equal
 runs of rows: those of all processes, one after another, are the rows of a single one.
+
+A task (`memjax.data.generated`) has neither windows nor epochs: every row is a fresh document.
 """
 
 from abc import ABC, abstractmethod
@@ -34,6 +36,7 @@ from memjax.config import FieldError
 from memjax.data.config import Data
 from memjax.data.corpus import Corpus
 from memjax.data.errors import DataError
+from memjax.data.generated import TaskCorpus, rows_of
 
 STEPS = 2**42  # length of a stream without end
 
@@ -41,7 +44,11 @@ Batch = dict[str, np.ndarray]
 
 
 def batches(
-    config: Data, corpus: Corpus, *, segments: int = 1, process: tuple[int, int] = (0, 1)
+    config: Data,
+    corpus: Corpus | TaskCorpus,
+    *,
+    segments: int = 1,
+    process: tuple[int, int] = (0, 1),
 ) -> grain.MapDataset:
     """The stream of `config` over `corpus`: a dataset whose element `step` is a batch.
 
@@ -58,6 +65,8 @@ def batches(
         raise FieldError("batch", config.batch, f"{rule}; try {more}", "data.")
     share = config.batch // count
     rows = np.arange(index * share, (index + 1) * share)
+    if isinstance(corpus, TaskCorpus):
+        return rows_of(config, corpus, config.sequence * segments, rows)
     stream = STREAMS[config.stream](config, corpus, config.sequence * segments, rows)
     return grain.MapDataset.range(STEPS).map(stream.batch)
 

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, byte-level BPE and the words of WikiText.
+"""Tokenizers: bytes, byte-level BPE, the words of WikiText, and the symbols of a task.
 
 Each turns the bytes of a document into ids and back. `bos_id` opens every document of a corpus and
 is never predicted; `encode` does not add it.
@@ -271,4 +271,36 @@ def _words(text: bytes) -> Iterator[tuple[int, list[str]]]:
         yield len(block), ended.replace("\n", f" {END_OF_LINE} ").split()
 
 
-TOKENIZERS: Mapping[str, type[Tokenizer]] = {"bytes": Bytes, "bpe": Bpe, "words": Words}
+class Symbols(Tokenizer):
+    """The symbols of a task: ids as decimal numbers between spaces."""
+
+    kind = "symbols"
+    bos_id = 0
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def blocks(self, text: bytes) -> Iterator[tuple[int, np.ndarray]]:
+        try:
+            ids = self._checked(int(word) for word in text.split())
+        except ValueError as error:
+            raise DataError(f"symbols of a task are numbers between spaces: {error}") from None
+        yield len(text), np.array(ids, np.int32)
+
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
+        return "".join(f"{i} " for i in self._checked(ids))
+
+    def content(self) -> dict[str, Any]:
+        return {"vocab_size": self.vocab_size}
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any]) -> "Symbols":
+        return cls(int(content["vocab_size"]))
+
+
+TOKENIZERS: Mapping[str, type[Tokenizer]] = {
+    "bytes": Bytes,
+    "bpe": Bpe,
+    "words": Words,
+    "symbols": Symbols,
+}

@@ -11,11 +11,13 @@ from flax import nnx
 
 from memjax.config import ConfigError, build
 from memjax.data import Data, DataError, Tokenizer, open_corpus
+from memjax.data.generated import open_task
 from memjax.evals.config import Eval
 from memjax.evals.generation import generate
 from memjax.evals.perplexity import Parts, evaluate
 from memjax.evals.progress import scoring
 from memjax.evals.protocols import resolve, take
+from memjax.evals.tasks import evaluate_task
 from memjax.experiment import Experiment
 from memjax.model import LanguageModel
 from memjax.model import split as split_model
@@ -23,6 +25,7 @@ from memjax.training.checkpoint import read_params
 from memjax.training.workdir import load_experiment, load_tokenizer, write_atomically
 
 TASKS = ("wikitext", "pg19", "text", "stdlib")
+TASK_ROWS = 2048
 
 
 class Run(NamedTuple):
@@ -82,6 +85,8 @@ def run_eval(
     """
     run = load_run(workdir, step)
     experiment = run.experiment
+    if experiment.data.task is not None:
+        return _run_task(run, Path(workdir), task, data, split, context, batch)
     settings = eval_config(
         experiment.eval,
         protocol=protocol,
@@ -114,6 +119,37 @@ def run_eval(
     name += [f"documents{max_documents}"] if max_documents is not None else []
     name += [f"step{run.step}", corpus.digest[:8]]
     _write(Path(workdir) / "eval", "-".join(name), values)
+    return values
+
+
+def _run_task(
+    run: Run,
+    workdir: Path,
+    task: str | None,
+    data: str | None,
+    split: str,
+    context: int | None,
+    batch: int | None,
+) -> dict[str, Any]:
+    """Accuracy of a run that learned a synthetic task, on rows of `context` symbols."""
+    config = run.experiment.data
+    assert config.task is not None
+    if task not in (None, config.task.kind) or data is not None:
+        raise ConfigError(
+            f"--task={task} --data={data}: the run learned the task {config.task.kind}; leave both "
+            "out"
+        )
+    if context is not None and context < 1:
+        raise ConfigError(f"--context={context} must be at least 1")
+    length = context or config.sequence * run.experiment.train.horizon
+    corpus = open_task(config, split)
+    result = evaluate_task(
+        run.parts, corpus, length=length, rows=TASK_ROWS, batch=batch or run.experiment.eval.batch
+    )
+    values = {"task": config.task.kind, "split": split, "context": length, **result}
+    values |= {"step": run.step, "data_digest": corpus.digest}
+    name = [config.task.kind, split, f"context{length}", f"step{run.step}", corpus.digest[:8]]
+    _write(workdir / "eval", "-".join(name), values)
     return values
 
 

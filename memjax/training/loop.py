@@ -12,9 +12,10 @@ import jax
 import memjax
 from memjax import config as configs
 from memjax.config import ConfigError
-from memjax.data import Corpus, open_corpus
+from memjax.data import Corpus, TaskCorpus, open_data
 from memjax.data.streams import Batch, batches, iterate
 from memjax.evals.perplexity import quick_eval
+from memjax.evals.tasks import quick_task
 from memjax.experiment import Experiment
 from memjax.sharding import make_mesh
 from memjax.training import workdir as workdirs
@@ -26,6 +27,8 @@ from memjax.training.profiler import Profiler
 from memjax.training.progress import Report, make_report
 from memjax.training.signals import Stop, caught
 from memjax.training.step import Metrics, Trainer, TrainState, make_trainer, put_batch
+
+TASK_ROWS = 1024  # of an evaluation during training without eval.tokens
 
 
 def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
@@ -79,11 +82,11 @@ class _Run:
     def __init__(self, experiment: Experiment, workdir: Path, report: Report, stop: Stop):
         self.experiment, self.workdir, self.report, self.stop = experiment, workdir, report, stop
         mesh = make_mesh(experiment.mesh, experiment.data.batch)  # before the work of the data
-        self.corpus = open_corpus(experiment.data, "train")
+        self.corpus = open_data(experiment.data, "train")
         tokenizer = self.corpus.tokenizer
-        self.valid: Corpus | None = None
+        self.valid: Corpus | TaskCorpus | None = None
         if experiment.eval.every is not None:
-            self.valid = open_corpus(experiment.data, "valid", tokenizer)
+            self.valid = open_data(experiment.data, "valid", tokenizer)
         process = (jax.process_index(), jax.process_count())
         self.stream: grain.MapDataset = batches(
             experiment.data, self.corpus, segments=experiment.train.horizon, process=process
@@ -235,13 +238,14 @@ class _Run:
         assert self.valid is not None
         with self.clock.paused():
             params = self.state.params if self.state.ema == () else self.state.ema
-            values = quick_eval(
-                (self.trainer.definition, params),
-                self.valid,
-                self.experiment.eval,
-                sequence=self.experiment.data.sequence,
-                mesh=self.trainer.mesh,
-            )
+            parts, config = (self.trainer.definition, params), self.experiment
+            length, mesh = config.data.sequence, self.trainer.mesh
+            if isinstance(self.valid, TaskCorpus):
+                length *= config.train.horizon
+                rows = TASK_ROWS if config.eval.tokens is None else -(-config.eval.tokens // length)
+                values = quick_task(parts, self.valid, length=length, rows=rows, mesh=mesh)
+            else:
+                values = quick_eval(parts, self.valid, config.eval, sequence=length, mesh=mesh)
         self.eval_loss, self.evaluated = _finite(values["eval_loss"]), self.step
         return values
 
