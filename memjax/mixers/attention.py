@@ -71,6 +71,8 @@ class AttentionState(NamedTuple):
 class AttentionMixer(SequenceMixer):
     """y_t = W_o sum_j softmax_j(q_t . k_j / sqrt(K)) v_j over 0 <= t - j < reach, same document.
 
+    Positions (`memjax.positions`) turn q and k, or lower the logits of distant keys.
+
     State: M = reach - 1 cached keys and values, float32, so 2 M G K floats a sequence.
     Errors: FieldError if the heads do not fit the width.
     Source: arXiv:1706.03762; grouped heads arXiv:2305.13245; rotary arXiv:2104.09864.
@@ -109,12 +111,14 @@ class AttentionMixer(SequenceMixer):
         v_BJGK = jnp.concatenate([state.v_BMGK.astype(x_BTD.dtype), heads(self.value(x_BTD))], 1)
         id_BT = document_ids(reset_BT)
         id_BJ = jnp.concatenate([jnp.where(state.valid_BM, 0, -1), id_BT], 1)
+        slopes_H = self.config.position.slopes(self.config.heads)
         y_BTHK = attention(
             q_BTHK,
             k_BJGK,
             v_BJGK,
             window=self.reach,
             segment_ids=(id_BT, id_BJ),
+            bias=None if slopes_H is None else jnp.asarray(slopes_H, jnp.float32),
             impl=self.config.impl,
         )
         state = self._next_state(k_BJGK, v_BJGK, id_BJ, position_BT)

@@ -25,6 +25,8 @@ def attention(params, config, x_BTD, reset_BT):
             for h in range(config.heads):
                 g = h * groups // config.heads
                 scores = np.array([k[g] @ q_HK[h] for k in keys]) / np.sqrt(q_HK.shape[-1])
+                if config.position.kind == "alibi":  # four heads: slopes 1/4, 1/16, 1/64, 1/256
+                    scores -= 4.0 ** -(h + 1) * np.arange(len(keys))[::-1]
                 weights = np.exp(scores - scores.max())
                 weights /= weights.sum()
                 heads.append(sum(w * v[g] for w, v in zip(weights, values)))
