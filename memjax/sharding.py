@@ -27,6 +27,7 @@ RULES: dict[str, str | None] = {
     "head": None,
     "value": None,
     "rank": None,
+    "slots": None,
 }
 
 

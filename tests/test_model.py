@@ -208,9 +208,9 @@ def test_layers_learn_their_depth_in_the_order_of_the_model(monkeypatch):
 
     definition, params = split(model(LSTM()))
     for (repeat, block), factor in {(0, 1): 1, (0, 2): 2, (1, 1): 3, (1, 2): 4}.items():
-        out = params["patterns"]["blocks"][f"{block}_coupled"]["mixer"]["out"]
+        out = params["stack"]["patterns"]["blocks"][f"{block}_coupled"]["mixer"]["out"]
         out["weight"] = out["weight"].at[repeat].multiply(factor)
-    out = params["tail"]["blocks"]["0_coupled"]["mixer"]["out"]
+    out = params["stack"]["tail"]["blocks"]["0_coupled"]["mixer"]["out"]
     out["weight"] = 5 * out["weight"]
     want, (x, reset) = merge(definition, params), tokens(7)
     expected = want(want.init_state(3), x, reset)[1]

@@ -1,8 +1,32 @@
 """Memory modules that attach to any backbone, by kind: `MEMORIES[kind] = (Config, Module)`.
 
-None is built yet; `model.memory` must be None.
+`memjax.memory.base` says where they attach. To add one: a file here, an oracle in `tests/oracles/`,
+and a line below.
 """
 
-from memjax.memory.base import MemoryConfig
+from typing import Any
 
-MEMORIES: dict[str, tuple[type[MemoryConfig], type]] = {}
+from flax import nnx
+
+from memjax.memory.base import LayerMemory, LayerModule, MemoryConfig, SegmentMemory, SegmentModule
+from memjax.memory.recurrent_tokens import RecurrentTokens, RecurrentTokensModule
+
+MEMORIES: dict[str, tuple[type[MemoryConfig], type[nnx.Module] | None]] = {
+    "recurrent_tokens": (RecurrentTokens, RecurrentTokensModule),
+}
+"""The module is None for a memory that takes the place of mixers: it is in `MIXERS`."""
+
+
+def layer_class(config: LayerMemory) -> type[LayerModule]:
+    """The module of a block; called as `cls(config, d_model, rngs=rngs)`."""
+    module: Any = MEMORIES[config.kind][1]
+    return module
+
+
+def make_segment_module(config: SegmentMemory, d_model: int, *, rngs: nnx.Rngs) -> SegmentModule:
+    """The module of a model."""
+    module: Any = MEMORIES[config.kind][1]
+    return module(config, d_model, rngs=rngs)
+
+
+__all__ = ["MEMORIES", "MemoryConfig", "RecurrentTokens", "layer_class", "make_segment_module"]

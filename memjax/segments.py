@@ -1,0 +1,88 @@
+"""Models whose memory is a few tokens that go from segment to segment.
+
+A segment is `segment` tokens, counted from the start of the document. The layers read it between
+the tokens of the memory, each time from their own initial state; what they make of the memory's
+tokens is the memory of the next segment. The tokens of an unfinished segment are part of the state
+and are read again by the next call, so any split equals the whole, at the price that generation
+reads up to a segment for every token.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memjax.layers import RMSNorm
+from memjax.memory.base import SegmentModule
+from memjax.stack import Stack
+from pallas_kernels.blocks import BlockState, Body, join, leave, scan_blocks
+
+
+class SegmentState(NamedTuple):
+    """The memory before the current segment, the segment's tokens so far and their count.
+
+    Lanes are on axis 1 of every leaf, as in all states of models; axis 0 has size 1.
+    """
+
+    memory: Any
+    tokens_1BJ: jax.Array
+    count_1B: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads a segment with the layers, the norm and the memory module of `definition`."""
+
+    definition: nnx.GraphDef
+
+    def step(self, params: Any, memory: Any, x_BCD: jax.Array):
+        stack, norm, module = nnx.merge(self.definition, params)
+        wide_BLD = module.wrap(memory, x_BCD)
+        no_reset_BL = jnp.zeros(wide_BLD.shape[:2], bool)
+        start = stack.init_state(wide_BLD.shape[0])
+        _, h_BLD, auxiliary = stack.read(start, wide_BLD, no_reset_BL)
+        memory, h_BCD = module.unwrap(memory, norm(h_BLD))
+        return memory, (h_BCD, jnp.broadcast_to(auxiliary, x_BCD.shape[:2]))
+
+
+def init_segments(module: SegmentModule, segment: int, batch: int) -> SegmentState:
+    """The state at the start of a document."""
+
+    def lanes(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (1, batch, *x.shape))
+
+    tokens_1BJ = jnp.zeros((1, batch, segment - 1), jnp.int32)
+    memory = jax.tree.map(lanes, module.initial())
+    return SegmentState(memory, tokens_1BJ, jnp.zeros((1, batch), jnp.int32))
+
+
+def read_segments(
+    parts: tuple[Stack, RMSNorm, SegmentModule],
+    segment: int,
+    state: SegmentState,
+    tokens_BT: jax.Array,
+    reset_BT: jax.Array,
+    embed: Any,
+) -> tuple[SegmentState, jax.Array, jax.Array]:
+    """The state after the tokens, their normalised outputs [B, T, D], the auxiliary loss.
+
+    embed: from ids to what the layers read.
+    """
+    memory, held_BJ, count_B = jax.tree.map(lambda x: x[0], tuple(state))
+    definition, params = nnx.split(parts)
+    held = BlockState(memory, held_BJ, count_B)
+    (h_BTD, auxiliary_BT), after = scan_blocks(
+        Body(_Reader(definition).step),
+        params,
+        parts[2].initial(),
+        held._replace(tokens=embed(held_BJ)),
+        embed(tokens_BT),
+        reset_BT,
+        block=segment,
+    )
+    (joined_BJ, _), _, _ = join(held, tokens_BT, None, reset_BT, block=segment)
+    after = leave(held, after.carry, joined_BJ, reset_BT, block=segment)
+    state = SegmentState(*jax.tree.map(lambda x: x[None], tuple(after)))
+    return state, h_BTD, jnp.mean(auxiliary_BT)
