@@ -59,19 +59,27 @@ def check_tokens(op: str, tokens: int) -> None:
         raise ValueError(f"{op}: the segment has T=0 tokens; it must have at least 1")
 
 
+def check_groups(op: str, groups: int, heads: int) -> None:
+    """Heads of queries and keys serve equal shares of the heads of values."""
+    if heads % groups:
+        raise ValueError(
+            f"{op}: q has {groups} heads and v has {heads}; the heads of q must divide those of v"
+        )
+
+
 def check_reset(op: str, reset: jax.Array | None) -> None:
     """`reset` is boolean."""
     if reset is not None and reset.dtype != jnp.bool_:
         raise ValueError(f"{op}: reset has dtype {reset.dtype}; it must be bool")
 
 
-def check_log_decay(op: str, log_decay: jax.Array | None) -> None:
-    """`log_decay` is at most 0. Values of a traced array are not known and not checked."""
+def check_log_decay(op: str, log_decay: jax.Array | None, name: str = "log_decay") -> None:
+    """A log decay is at most 0. Values of a traced array are not known and not checked."""
     if log_decay is None or isinstance(log_decay, jax.core.Tracer):
         return
     largest = float(jnp.max(log_decay))
     if not largest <= 0:
         raise ValueError(
-            f"{op}: log_decay has a value of {largest:g}; it must be at most 0, "
+            f"{op}: {name} has a value of {largest:g}; it must be at most 0, "
             "the logarithm of a decay in (0, 1]"
         )

@@ -4,10 +4,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import chunks, products
+from pallas_kernels.linear_attention.grouped import linear_attention_grouped
 
 
 def linear_attention_chunked(q, k, v, log_decay, initial_state, reset, *, scale, chunk):
     """Same as the reference; see `pallas_kernels.linear_attention` for shapes."""
+    if q.shape[2] < v.shape[2]:
+        return linear_attention_grouped(
+            q, k, v, log_decay, initial_state, reset, scale=scale, chunk=chunk
+        )
     batch, tokens, heads, key_size = q.shape
     dtype = products.accumulation_dtype(q, k, v)
     length = chunks.chunk_length(chunk, tokens)

@@ -1,0 +1,28 @@
+"""mLSTM, about 10M parameters, on the standard library.
+
+Command:   memjax train --config=configs/mlstm_10m.py
+Hardware:  2 CPU cores
+Size:      9.4 million parameters, 8.3 million of them outside the embedding
+"""
+
+from memjax.data import Data
+from memjax.experiment import Experiment
+from memjax.mixers import MLSTM
+from memjax.model import Model
+from memjax.training.config import Optimizer, Train
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=Model(
+            d_model=256,
+            pattern=("mlstm",),
+            repeat=20,
+            mixers={"mlstm": MLSTM(heads=4)},
+            mlp=None,
+            layers="unroll",
+        ),
+        data=Data(tokenizer="bpe", sequence=1024, batch=8),
+        optimizer=Optimizer(learning_rate=1e-3, warmup=200),
+        train=Train(steps=5000),
+    )

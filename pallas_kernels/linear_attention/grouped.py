@@ -1,0 +1,88 @@
+"""Gated linear attention in chunks where heads share queries and keys and differ in their decay.
+
+The products of queries and keys are made once a group, and all values of a group are read and
+written in one product: only the decays, and the products inside a chunk, are per head.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import chunks, products
+
+
+def linear_attention_grouped(q, k, v, log_decay, initial_state, reset, *, scale, chunk):
+    """Same as the reference for q, k `[B, T, G, K]` and one decay a head (or none).
+
+    G groups of R heads each; F is the values of all heads of a group side by side.
+    """
+    batch, tokens, groups, key_size = q.shape
+    heads, value_size = v.shape[2:]
+    dtype = products.accumulation_dtype(q, k, v)
+    length = chunks.chunk_length(chunk, tokens)
+    decay = _by_group(chunks.chunk_decay(log_decay, reset, tokens, length, dtype), groups)
+    gates = chunks.gates(decay)
+    q_NBGCK, k_NBGCK = (chunks.split_chunks(x, length) for x in (q, k))
+    v_NBGCF = chunks.split_chunks(v.reshape(batch, tokens, groups, -1), length)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, key_size, value_size), dtype)
+    state_BGRKV = initial_state.astype(dtype).reshape(batch, groups, -1, key_size, value_size)
+    state_BGKF = jnp.swapaxes(state_BGRKV, 2, 3).reshape(batch, groups, key_size, -1)
+    by_value = functools.partial(_by_value, heads=heads // groups, value_size=value_size)
+
+    written_NBGCF = (v_NBGCF * by_value(gates.leave_NBHCK)).astype(v.dtype)
+    increment_NBGKF = products.columns_dot_columns(k_NBGCK, written_NBGCF)
+    through_NBG1F = by_value(gates.through_NBHK1)
+    state_BGKF, entering_NBGKF = _states(state_BGKF, through_NBG1F, increment_NBGKF)
+
+    read_NBGCF = products.dot(q_NBGCK, entering_NBGKF.astype(q.dtype))
+    scores_NBGRCC = chunks.decayed_products(q_NBGCK[:, :, :, None], k_NBGCK[:, :, :, None], decay)
+    v_NBGCRV = v_NBGCF.reshape(*v_NBGCF.shape[:4], -1, value_size)
+    inside_NBGCRV = _weigh(scores_NBGRCC.astype(v.dtype), v_NBGCRV)
+    o_NBGCF = read_NBGCF * by_value(gates.enter_NBHCK) + inside_NBGCRV.reshape(v_NBGCF.shape)
+    o_BTGF = chunks.join_chunks((scale * o_NBGCF).astype(q.dtype), tokens)
+    state_BGKRV = state_BGKF.reshape(batch, groups, key_size, -1, value_size)
+    state_BHKV = jnp.swapaxes(state_BGKRV, 2, 3).reshape(batch, heads, key_size, value_size)
+    return o_BTGF.reshape(v.shape), state_BHKV
+
+
+def _by_group(decay: chunks.ChunkDecay, groups: int) -> chunks.ChunkDecay:
+    """Heads in groups: `[N, B, G, R, C, 1]`, and `[N, B, 1, 1, C]`."""
+
+    def split(sums_NBHC1: jax.Array) -> jax.Array:
+        count, lanes, heads = sums_NBHC1.shape[:3]
+        return sums_NBHC1.reshape(count, lanes, min(groups, heads), -1, *sums_NBHC1.shape[3:])
+
+    coarse, fine, document = decay
+    return chunks.ChunkDecay(
+        split(coarse), split(fine), None if document is None else document[:, :, None]
+    )
+
+
+def _by_value(gate_NBGRC1: jax.Array, *, heads: int, value_size: int) -> jax.Array:
+    """The gate of every head, once for each of its values: `[N, B, G, C, F]`."""
+    gate_NBGCR = jnp.swapaxes(gate_NBGRC1[..., 0], -1, -2)
+    gate_NBGCR = jnp.broadcast_to(gate_NBGCR, (*gate_NBGCR.shape[:-1], heads))
+    return jnp.repeat(gate_NBGCR, value_size, -1)
+
+
+def _weigh(scores_NBGRCC: jax.Array, v_NBGCRV: jax.Array) -> jax.Array:
+    shape = (*v_NBGCRV.shape[:3], v_NBGCRV.shape[4], *scores_NBGRCC.shape[-2:])
+    return jnp.einsum(
+        "nbgrij,nbgjrv->nbgirv",
+        jnp.broadcast_to(scores_NBGRCC, shape),
+        v_NBGCRV,
+        preferred_element_type=products.accumulation_dtype(v_NBGCRV),
+    )
+
+
+def _states(state_BGKF, through_NBG1F, increment_NBGKF):
+    """The state after the last chunk, and the states that enter each."""
+
+    def one_chunk(state_BGKF, gate_and_increment):
+        through_BG1F, increment_BGKF = gate_and_increment
+        return through_BG1F * state_BGKF + increment_BGKF, state_BGKF
+
+    return lax.scan(one_chunk, state_BGKF, (through_NBG1F, increment_NBGKF))

@@ -1,0 +1,99 @@
+"""The mLSTM in chunks, plain JAX: scans over levels and states, all else over all chunks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import chunks, products
+from pallas_kernels.mlstm.reference import LEAST_DIVISOR
+
+
+def mlstm_chunked(q, k, v, log_input, log_forget, state, reset, *, scale, chunk):
+    """Same as the reference; see `pallas_kernels.mlstm` for shapes."""
+    tokens = q.shape[1]
+    memory, normaliser, level = state
+    length = chunks.chunk_length(chunk, tokens)
+    weights, level_BH = _weigh(log_forget, log_input, level, reset, length)
+    q_NBHCK, k_NBHCK, v_NBHCV = (chunks.split_chunks(x, length) for x in (q, k, v))
+
+    kept_NBHCK = k_NBHCK * weights.inside_NBHCC[..., -1, :, None]
+    written_NBHKV = products.columns_dot_columns(kept_NBHCK.astype(k.dtype), v_NBHCV)
+    increments = (written_NBHKV, jnp.sum(kept_NBHCK, -2))
+    through_NBH = weights.enter_NBHC[..., -1]
+    state, entering = _states(memory, normaliser, through_NBH, increments)
+    entering_NBHKV, entering_NBHK = entering
+
+    scores_NBHCC = products.rows_dot_rows(q_NBHCK, k_NBHCK) * weights.inside_NBHCC
+    read_NBHCK = q_NBHCK * weights.enter_NBHC[..., None]
+    h_NBHCV = products.dot(scores_NBHCC.astype(v.dtype), v_NBHCV)
+    h_NBHCV = h_NBHCV + products.dot(read_NBHCK.astype(q.dtype), entering_NBHKV.astype(q.dtype))
+    norm_NBHC = jnp.sum(scores_NBHCC, -1) + jnp.sum(read_NBHCK * entering_NBHK[:, :, :, None], -1)
+    divisor_NBHC = jnp.maximum(jnp.abs(scale * norm_NBHC), weights.least_NBHC)
+    h_NBHCV = h_NBHCV * (scale / divisor_NBHC)[..., None]
+    return chunks.join_chunks(h_NBHCV.astype(q.dtype), tokens), (*state, level_BH)
+
+
+class Weights(NamedTuple):
+    """Factors relative to the level of the token that reads; those of the last token of a chunk
+    are relative to the level of the state that leaves it."""
+
+    inside_NBHCC: jax.Array  # the write of token j, as token i reads it
+    enter_NBHC: jax.Array  # the entering state, as token i reads it
+    least_NBHC: jax.Array  # the least divisor
+
+
+def _weigh(log_forget, log_input, level_BH, reset, length):
+    """The weights, and the level after the last token: the largest exponent that meets there."""
+    decay = chunks.chunk_decay(log_forget, reset, log_input.shape[1], length, level_BH.dtype)
+    coarse_NBHC, fine_NBHC = decay.coarse_NBHCK[..., 0], decay.fine_NBHCK[..., 0]
+    document_NB1C = decay.document_NB1C
+    # Behind the last token log_input is 0 and k is 0: the level, at least 0, stays as it is.
+    write_NBH1C = chunks.split_chunks(log_input, length)[..., None, :]
+    gap_NBHCC = _differences(coarse_NBHC) + _differences(fine_NBHC)
+    visible = jnp.tril(jnp.ones((length, length), bool))
+    visible &= document_NB1C[..., :, None] == document_NB1C[..., None, :]
+    reach_NBHC = jnp.where(document_NB1C == 0, coarse_NBHC + fine_NBHC, -jnp.inf)
+
+    largest_NBHC = jnp.max(jnp.where(visible, gap_NBHCC + write_NBH1C, -jnp.inf), -1)
+    own_NBHC = lax.stop_gradient(jnp.maximum(largest_NBHC, 0))
+    kept_NBHC = lax.stop_gradient(reach_NBHC)
+
+    def one_chunk(level_BH, own_and_kept):
+        own_BH, kept_BH = own_and_kept
+        return jnp.maximum(kept_BH + level_BH, own_BH), level_BH
+
+    start_BH = lax.stop_gradient(level_BH)
+    last_BH, before_NBH = lax.scan(one_chunk, start_BH, (own_NBHC[..., -1], kept_NBHC[..., -1]))
+    level_NBHC = jnp.maximum(own_NBHC, kept_NBHC + before_NBH[..., None])
+    # The initial level is an argument and has a gradient; the later ones are a choice.
+    before_NBH = jnp.concatenate([level_BH[None], before_NBH[1:]])
+    exponent_NBHCC = gap_NBHCC + (write_NBH1C - level_NBHC[..., None])
+    weights = Weights(
+        jnp.exp(jnp.where(visible, exponent_NBHCC, -jnp.inf)),
+        jnp.exp(reach_NBHC + (before_NBH[..., None] - level_NBHC)),
+        jnp.maximum(jnp.exp(-level_NBHC), LEAST_DIVISOR),
+    )
+    return weights, last_BH
+
+
+def _differences(sums_NBHC: jax.Array) -> jax.Array:
+    return sums_NBHC[..., :, None] - sums_NBHC[..., None, :]
+
+
+def _states(memory_BHKV, normaliser_BHK, through_NBH, increments):
+    """The state after the last chunk, and the states that enter each."""
+
+    def one_chunk(state, gate_and_increments):
+        (memory_BHKV, normaliser_BHK), (through_BH, written_BHKV, counted_BHK) = (
+            state,
+            gate_and_increments,
+        )
+        after = (
+            through_BH[..., None, None] * memory_BHKV + written_BHKV,
+            through_BH[..., None] * normaliser_BHK + counted_BHK,
+        )
+        return after, state
+
+    return lax.scan(one_chunk, (memory_BHKV, normaliser_BHK), (through_NBH, *increments))
