@@ -1,0 +1,36 @@
+"""Based at 360M parameters, 10 billion tokens of text.
+
+Command:   memjax train --config=configs/based_360m.py --config.data.path=TEXT_FOLDER
+Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
+Size:      362.6 million parameters, 311.2 million of them outside the embedding
+Source:    arXiv:2402.18668 and its released code: 27 layers, windows of 256
+"""
+
+from memjax.data import Data
+from memjax.experiment import Experiment
+from memjax.layers import SwiGLU
+from memjax.mixers import Attention, BaseConv, Based
+from memjax.model import Model
+from memjax.training.config import Optimizer, Train
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=Model(
+            d_model=1024,
+            pattern=("base_conv", "based", "attention", "base_conv", "base_conv"),
+            repeat=5,
+            mixers={
+                "base_conv": BaseConv(),
+                "based": Based(heads=16),
+                "attention": Attention(heads=16, window=256),
+            },
+            tail=("base_conv", "base_conv"),
+            mlp=SwiGLU(ratio=2),
+            dtype="bfloat16",
+            remat="dots",
+        ),
+        data=Data(source="text", tokenizer="bpe", vocab_size=50257, sequence=2048, batch=256),
+        optimizer=Optimizer(learning_rate=8e-4, warmup=200),
+        train=Train(steps=20_000),
+    )

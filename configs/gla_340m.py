@@ -1,0 +1,29 @@
+"""Gated linear attention at 340M parameters, 15 billion tokens of text.
+
+Command:   memjax train --config=configs/gla_340m.py --config.data.path=TEXT_FOLDER
+Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
+Size:      335.8 million parameters, 303.0 million of them outside the embedding
+Source:    arXiv:2312.06635, Sec. 5
+"""
+
+from memjax.data import Data
+from memjax.experiment import Experiment
+from memjax.mixers import GLA
+from memjax.model import Model
+from memjax.training.config import Optimizer, Train
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=Model(
+            d_model=1024,
+            pattern=("gla",),
+            repeat=24,
+            mixers={"gla": GLA(heads=4)},
+            dtype="bfloat16",
+            remat="dots",
+        ),
+        data=Data(source="text", tokenizer="bpe", vocab_size=32000, sequence=2048, batch=256),
+        optimizer=Optimizer(learning_rate=3e-4, warmup=1000, weight_decay=0.01),
+        train=Train(steps=30_000),
+    )

@@ -1,0 +1,27 @@
+"""RetNet at its smallest, on bytes of the standard library: for tests, first looks.
+
+Command:   memjax train --config=configs/retnet_tiny.py
+Hardware:  2 CPU cores
+"""
+
+from memjax.data import Data
+from memjax.experiment import Experiment
+from memjax.layers import SwiGLU
+from memjax.mixers import RetNet
+from memjax.model import Model
+from memjax.training.config import Optimizer, Train
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=Model(
+            d_model=64,
+            pattern=("retnet",),
+            repeat=2,
+            mixers={"retnet": RetNet(heads=2)},
+            mlp=SwiGLU(ratio=4 / 3),
+        ),
+        data=Data(stream="documents", sequence=256, batch=8),
+        optimizer=Optimizer(learning_rate=3e-3, warmup=20),
+        train=Train(steps=200, carry=True),
+    )
