@@ -83,7 +83,9 @@ class SequenceMixer(nnx.Module):
 
 def state_bytes(mixer: SequenceMixer) -> int:
     """Bytes of state a sequence, from the shapes that `init_state` really makes."""
-    state = jax.eval_shape(lambda: mixer.init_state(1))
+    # Apart from its parameters, of which there may be shapes alone, and which init_state may read.
+    definition, params = nnx.split(mixer)
+    state = jax.eval_shape(lambda params: nnx.merge(definition, params).init_state(1), params)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

@@ -1,0 +1,27 @@
+"""TTT-MLP, about 10M parameters, on the standard library.
+
+Command:   memjax train --config=configs/ttt_mlp_10m.py
+Hardware:  2 CPU cores
+Size:      8.5 million parameters, 7.4 million of them outside the embedding
+"""
+
+from memjax.data import Data
+from memjax.experiment import Experiment
+from memjax.mixers import TTTMLP
+from memjax.model import Model
+from memjax.training.config import Optimizer, Train
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=Model(
+            d_model=256,
+            pattern=("ttt_mlp",),
+            repeat=8,
+            mixers={"ttt_mlp": TTTMLP(heads=4)},
+            layers="unroll",
+        ),
+        data=Data(tokenizer="bpe", sequence=1024, batch=8),
+        optimizer=Optimizer(learning_rate=1e-3, warmup=200),
+        train=Train(steps=5000),
+    )

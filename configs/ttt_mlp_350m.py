@@ -1,0 +1,29 @@
+"""TTT-MLP at 350M parameters, 7 billion tokens of text.
+
+Command:   memjax train --config=configs/ttt_mlp_350m.py --config.data.path=TEXT_FOLDER
+Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
+Size:      348.6 million parameters, 315.9 million of them outside the embedding
+Source:    arXiv:2407.04620, Sec. 4 and Appendix C: heads of 64
+"""
+
+from memjax.data import Data
+from memjax.experiment import Experiment
+from memjax.mixers import TTTMLP
+from memjax.model import Model
+from memjax.training.config import Optimizer, Train
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=Model(
+            d_model=1024,
+            pattern=("ttt_mlp",),
+            repeat=24,
+            mixers={"ttt_mlp": TTTMLP(heads=16)},
+            dtype="bfloat16",
+            remat="dots",
+        ),
+        data=Data(source="text", tokenizer="bpe", vocab_size=32000, sequence=2048, batch=256),
+        optimizer=Optimizer(learning_rate=1.5e-3, warmup=1350),
+        train=Train(steps=13_500),
+    )
