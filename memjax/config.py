@@ -203,7 +203,7 @@ def _build_dataclass(tp: type, value: Any, path: str) -> Any:
         return tp(**built)
     except FieldError as error:
         raise error.under(path) from None
-    except ConfigError as error:
+    except ValueError as error:  # also of the dataclasses of `pallas_kernels`
         raise ConfigError(f"{path}: {error}") from None
 
 

@@ -7,7 +7,8 @@ import jax
 from flax import nnx
 
 from memjax.experiment import Experiment
-from memjax.model import LanguageModel, Model, make_mixer, split
+from memjax.model import LanguageModel, Model, split
+from memjax.stack import make_mixer
 
 TRAINING_FACTOR = 3.0
 """A backward pass does twice the products of a forward pass."""
@@ -29,15 +30,31 @@ def count_parameters(config: Model, vocab_size: int) -> dict[str, int]:
     """Parameters by part; `total` is their sum, `non_embedding` leaves out input and output."""
     shapes = parameter_shapes(config, vocab_size)
     parts = {"embedding": _size(shapes["embedding"]), "output": _size(shapes.get("output", {}))}
-    stacks = [shapes["patterns"], *([shapes["tail"]] if "tail" in shapes else [])]
+    layers = shapes["stack"]
+    stacks = [layers["patterns"], *([layers["tail"]] if "tail" in layers else [])]
     for name, block in (item for stack in stacks for item in stack["blocks"].items()):
         for part, tree in block.items():
             key = f"{name.partition('_')[2]}.{part}"
             parts[key] = parts.get(key, 0) + _size(tree)
     parts["norm"] = _size(shapes["norm"])
-    total = sum(parts.values())
+    total = _size(shapes)
+    if total != sum(parts.values()):
+        parts["other"] = total - sum(parts.values())
     non_embedding = total - parts["embedding"] - parts["output"]
     return {**parts, "total": total, "non_embedding": non_embedding}
+
+
+def parameter_count(config: Model, vocab_size: int) -> int:
+    """All parameters."""
+    return _size(parameter_shapes(config, vocab_size))
+
+
+def state_bytes(config: Model, vocab_size: int) -> int:
+    """Bytes of state a sequence, from the shapes of the state that the model really makes."""
+    state = nnx.eval_shape(
+        lambda: LanguageModel(config, vocab_size, rngs=nnx.Rngs(0)).init_state(1)
+    )
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def mixer_reports(config: Model, segment: int) -> list[dict[str, Any]]:
@@ -85,7 +102,7 @@ def describe(experiment: Experiment, vocab_size: int) -> dict[str, Any]:
     operations = flops(experiment.model, vocab_size, segment)
     copies = 2 + OPTIMIZER_COPIES[experiment.optimizer.name]
     copies += experiment.optimizer.ema is not None
-    state = sum(layer["state_bytes"] for layer in layers)
+    state = state_bytes(experiment.model, vocab_size)
     return {
         "params": parameters["total"],
         "non_embedding_params": parameters["non_embedding"],

@@ -41,7 +41,7 @@ def pairs(title: str, values: Row) -> Table:
 
 def rows(title: str, values: Sequence[Row]) -> Table:
     """One column a name, one line a row."""
-    table = Table(title=title, title_justify="left", box=None)
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     names = list(dict.fromkeys(name for row in values for name in row))
     for name in names:
         numeric = all(isinstance(row.get(name), int | float | None) for row in values)
@@ -56,16 +56,33 @@ def _flat(result: Row) -> dict[str, Any]:
 
 
 def _describe(result: Row) -> list[Table]:
-    layers = [{**layer, "state_bytes": size(layer["state_bytes"])} for layer in result["layers"]]
     head = {**_flat(result)}
     head["state_bytes_per_sequence"] = size(head["state_bytes_per_sequence"])
     memory = {name: size(value) for name, value in result["memory_bytes"].items()}
     return [
         pairs("Model", head),
         pairs("Parameters", result["parameters"]),
-        rows("Layers", layers),
+        rows("Layers, for one token and one sequence", _layers(result["layers"])),
         pairs("Memory, without activations", memory),
     ]
+
+
+def _layers(layers: Sequence[Row]) -> Sequence[Row]:
+    """A row for each stretch of layers that are alike."""
+    table: list[dict[str, Any]] = []
+    for layer in layers:
+        name, kind = layer["mixer"], layer["kind"]
+        alike = {
+            "mixer": name if name == kind else f"{name} ({kind})",
+            "state": size(layer["state_bytes"]),
+            "FLOPs": layer["flops_per_token"],
+            "of recurrence": layer["recurrence_flops"],
+        }
+        if table and alike.items() <= table[-1].items():
+            table[-1]["layer"] = f"{table[-1]['layer'].partition('-')[0]}-{layer['layer']}"
+        else:
+            table.append({"layer": str(layer["layer"]), **alike})
+    return table
 
 
 def _bench(result: Row) -> list[Table]:
@@ -86,12 +103,108 @@ def _eval(result: Row) -> list[Table]:
     return tables + [pairs(k, v) for k, v in result.items() if isinstance(v, dict)]
 
 
-_TABLES: dict[str, Callable[[Any], list[Table]]] = {
+def short(value: float | None) -> str:
+    """A count with a letter: 1.2M, 3.4G; rounded to three figures."""
+    if value is None:
+        return "-"
+    for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def hours(value: float | None) -> str:
+    """A time for people: 12 s, 34 min, 5.6 h."""
+    if value is None:
+        return "-"
+    if value < 1 / 60:
+        return f"{value * 3600:.0f} s"
+    return f"{value * 60:.0f} min" if value < 1 else f"{value:.1f} h"
+
+
+def changed(values: Row) -> str:
+    """old -> new of each field; the last part of its path stands for it."""
+    pairs = ((key.rpartition(".")[2], old, new) for key, (old, new) in values.items())
+    return ", ".join(f"{name} {number(old)} -> {number(new)}" for name, old, new in pairs)
+
+
+SHOWN_ROWS = 40
+Part = Table | str
+"""What is printed: a table, or a line above one."""
+
+
+def _sweep(result: Row) -> list[Part]:
+    if "rows" not in result:
+        return _planned(result)
+    table = []
+    for row in result["rows"][:SHOWN_ROWS]:
+        cells = {"point": row["point"], "state": row["state"], "step": row["step"]}
+        for name, key in (
+            ("loss", "loss"),
+            ("valid", "eval_loss"),
+            ("word ppl", "word_perplexity"),
+        ):
+            if any(other[key] is not None for other in result["rows"]):
+                cells[name] = row[key]
+        table.append({**cells, "params": short(row["params"]), "state": row["state"]})
+    states = ("done", "running", "waiting", "stopped", "ended_early", "failed")
+    counts = [f"{result[name]} {name.replace('_', ' ')}" for name in states if result[name]]
+    title = f"{result['workdir']}: {', '.join(counts) or 'nothing'} of {result['points']}"
+    more = len(result["rows"]) - SHOWN_ROWS
+    if more > 0:
+        title += f" (the best {SHOWN_ROWS}; memjax report {result['workdir']} shows all)"
+    tables: list[Part] = [title, rows("", table)]
+    failures = [row for row in result["rows"] if row["error"]]
+    if failures:
+        failed = [{"point": row["point"], "error": row["error"]} for row in failures[:SHOWN_ROWS]]
+        tables.append(rows("Failed", failed))
+    return tables
+
+
+def _planned(result: Row) -> list[Part]:
+    table = []
+    for row in result["points"]:
+        cells = {
+            "point": row["point"],
+            "state": row["state"],
+            "params": short(row["params"]),
+            "memory": size(row["state_bytes"]),
+            "FLOPs/token": short(row["flops_per_token"]),
+            "tokens": short(row["tokens"]),
+            "FLOPs": short(row["flops"]),
+        }
+        if result["flops_per_s"] is not None:
+            cells["time"] = hours(row["hours"])
+        if any(other["matched"] for other in result["points"]):
+            cells["matched"] = changed(row["matched"])
+        table.append(cells)
+    total = f"{len(result['points'])} points, {short(result['flops'])}FLOPs"
+    if result["flops_per_s"] is not None:
+        speed = f"{short(result['flops_per_s'])}FLOP/s ({result['basis']})"
+        total += f", {hours(result['hours'])} one after another at {speed}"
+    return [total, rows("", table)]
+
+
+def _match(result: Row) -> list[Table]:
+    values = {key: result[key] for key in ("by", "target", "before", "after")}
+    values["difference"] = f"{result['difference']:+.2%}"
+    values["changed"] = changed(result["changed"]) or "nothing: they agree already"
+    if result["arguments"]:
+        values["arguments"] = " ".join(result["arguments"])
+    if result["saved"]:
+        values["saved"] = result["saved"]
+    return [pairs("Match", values)]
+
+
+_TABLES: dict[str, Callable[[Any], Sequence[Part]]] = {
     "bench": _bench,
     "data": _data,
     "describe": _describe,
     "eval": _eval,
     "list": lambda result: [rows("Runs", result)],
+    "match": _match,
+    "report": lambda result: [pairs("Report", _flat(result))],
+    "sweep": _sweep,
 }
 
 
@@ -100,5 +213,6 @@ def show(command: str, result: Any) -> None:
     if command in _TABLES:
         console = Console()
         for table in _TABLES[command](result):
-            console.print(table)
-            console.print()
+            console.print(table, markup=False, highlight=False, soft_wrap=isinstance(table, str))
+            if not isinstance(table, str):
+                console.print()

@@ -1,0 +1,218 @@
+"""Commands about one run: train, eval, generate, data, describe, bench, list."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from memjax.commands.base import (
+    Command,
+    add_workdir,
+    config_or_workdir,
+    read_experiment,
+    refuse_unknown,
+)
+from memjax.config import ConfigError
+
+
+def _default_workdir(rest: list[str]) -> str:
+    named = [a.partition("=")[2] for a in rest if a.startswith("--config=")]
+    stem, _, variant = named[-1].partition(":") if named else ("default", "", "")
+    return str(Path("runs") / "-".join(filter(None, (Path(stem).stem, variant))))
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "where the run lives; default runs/<name of the config>; an existing run is resumed"
+    parser.add_argument("--workdir", metavar="RUN", help=text)
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    from memjax.training.loop import train
+
+    workdir = args.workdir or _default_workdir(rest)
+    experiment = read_experiment(rest)
+    if not rest:
+        what = f"{'+'.join(experiment.model.pattern)} on {experiment.data.source}"
+        print(
+            f"training the defaults, {what}, in {workdir}: Ctrl-C saves, --help tells more",
+            file=sys.stderr,
+        )
+    summary = train(experiment, workdir)
+    if not args.json:
+        quoted = f"--workdir={shlex.quote(workdir)}"
+        print(f"run       {workdir}: config.json, metrics.jsonl, checkpoints/, tensorboard/")
+        print(f"evaluate  memjax eval {quoted}")
+        print(f"sample    memjax generate {quoted} --prompt='def '")
+    return summary
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir(parser)
+    add = parser.add_argument
+    tasks = ("wikitext", "pg19", "text", "stdlib")
+    add("--task", choices=tasks, help="default: the run's own data")
+    add("--data", metavar="PATH", help="folder (or file, for text) to evaluate on")
+    splits = ("train", "valid", "test", "all")
+    add("--split", choices=splits, default="test", help="default test; all is text, uncut")
+    add("--protocol", choices=("stream", "windows", "sliding"), help="default: the run's config")
+    add("--context", type=int, metavar="N", help="tokens a segment or window")
+    add("--stride", type=int, metavar="N", help="tokens a sliding window moves by")
+    add("--carry", choices=("true", "false"), help="whether stream carries the memory state")
+    add("--batch", type=int, metavar="N", help="documents or windows side by side")
+    add("--max-documents", type=int, metavar="N", help="score the first N documents only")
+    add("--step", type=int, metavar="N", help="checkpoint to evaluate; default the newest")
+
+
+def _eval(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    from memjax.evals.run import run_eval
+
+    refuse_unknown(rest)
+    carry = None if args.carry is None else args.carry == "true"
+    return run_eval(
+        args.workdir,
+        task=args.task,
+        data=args.data,
+        split=args.split,
+        protocol=args.protocol,
+        context=args.context,
+        stride=args.stride,
+        carry=carry,
+        batch=args.batch,
+        max_documents=args.max_documents,
+        step=args.step,
+    )
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir(parser)
+    add = parser.add_argument
+    add("--prompt", default="", metavar="TEXT", help="text to go on from")
+    add("--prompt-file", metavar="FILE", help="read the prompt from a file")
+    add("--tokens", type=int, default=200, metavar="N", help="tokens to make; default 200")
+    add("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest token")
+    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="sample among tokens that make up P")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same text")
+    add("--step", type=int, metavar="N", help="checkpoint to use; default the newest")
+
+
+def _generate(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    from memjax.evals.run import run_generate
+
+    refuse_unknown(rest)
+    if args.prompt_file is not None and args.prompt:
+        raise ConfigError("--prompt-file: cannot be given together with --prompt; give one")
+    return run_generate(
+        args.workdir,
+        prompt=args.prompt,
+        prompt_file=args.prompt_file,
+        tokens=args.tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        step=args.step,
+        echo=not args.json,
+    )
+
+
+def _data(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    from memjax.data import describe
+
+    return describe(read_experiment(rest, args.workdir).data)
+
+
+def _describe(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    from memjax.data import load_tokenizer
+    from memjax.describe import describe
+
+    experiment = read_experiment(rest, args.workdir)
+    return describe(experiment, load_tokenizer(experiment.data).vocab_size)
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir(parser, required=False)
+    add = parser.add_argument
+    add("--seconds", type=float, default=20.0, metavar="S", help="time the step for so long")
+    add("--lengths", metavar="T,T", help="also time segments of these lengths")
+    add("--positions", metavar="P,P", help="also time decoding at these positions")
+    add("--depths", metavar="R,R", help="also compile with these repeats of the layer pattern")
+
+
+def _bench(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    from memjax.bench import bench
+
+    def numbers(name: str) -> list[int]:
+        text = getattr(args, name)
+        try:
+            values = [int(part) for part in text.split(",")] if text else []
+        except ValueError:
+            raise ConfigError(f"--{name}={text}: must be whole numbers and commas") from None
+        if any(value < 1 for value in values):
+            raise ConfigError(f"--{name}={text}: each must be at least 1")
+        return values
+
+    return bench(
+        read_experiment(rest, args.workdir),
+        seconds=args.seconds,
+        lengths=numbers("lengths"),
+        positions=numbers("positions"),
+        depths=numbers("depths"),
+    )
+
+
+def _list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", default="runs", help="where runs are; default runs")
+
+
+def _list(args: argparse.Namespace, rest: list[str]) -> list[dict[str, Any]]:
+    from memjax.runs import list_runs
+
+    refuse_unknown(rest)
+    return list_runs(args.folder)
+
+
+RUNS = {
+    "train": Command(
+        "train a model, or go on with a run that was stopped",
+        _train_arguments,
+        _train,
+        examples="memjax train --config=configs/quickstart.py --workdir=runs/first\n"
+        "  memjax train --config=configs/quickstart.py --config.train.steps=50",
+    ),
+    "eval": Command(
+        "measure perplexity of a run",
+        _eval_arguments,
+        _eval,
+        takes_config=False,
+        examples="memjax eval --workdir=runs/first --split=valid\n"
+        "  memjax eval --workdir=runs/first --task=wikitext --data=wikitext-2",
+    ),
+    "generate": Command(
+        "sample text from a run",
+        _generate_arguments,
+        _generate,
+        takes_config=False,
+        examples="memjax generate --workdir=runs/first --prompt='import ' --temperature=0.8",
+    ),
+    "data": Command(
+        "read, tokenize and cache the data of a config, and count it",
+        config_or_workdir,
+        _data,
+        examples="memjax data --config.data.source=wikitext --config.data.path=wikitext-2",
+    ),
+    "describe": Command(
+        "parameters, state bytes, FLOPs and memory of a config",
+        config_or_workdir,
+        _describe,
+        examples="memjax describe --config=configs/quickstart.py",
+    ),
+    "bench": Command(
+        "time training and decoding against the roof of this machine",
+        _bench_arguments,
+        _bench,
+        examples="memjax bench --config=configs/bench.py:transformer",
+    ),
+    "list": Command("list runs and how far they are", _list_arguments, _list, takes_config=False),
+}

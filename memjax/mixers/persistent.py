@@ -1,0 +1,171 @@
+"""Softmax attention over a window, and over persistent tokens that every query sees."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from memjax.layers import Linear, document_ids, normal
+from memjax.positions import Position, apply_position, positions
+from pallas_kernels.products import accumulation_dtype, dot, rows_dot_rows
+
+
+class WindowState(NamedTuple):
+    """Keys (with their positions worked in) and values of the last window - 1 tokens.
+
+    valid: whether a slot holds a token of the document that goes on. position: of the next token.
+    """
+
+    k_BMHK: Float[Array, "B M H K"]
+    v_BMHK: Float[Array, "B M H K"]
+    valid_BM: Bool[Array, "B M"]
+    position_B: Int[Array, "B"]
+
+
+class Prefix(NamedTuple):
+    """Keys and values of persistent tokens, `[H, P, K]`, without positions."""
+
+    k_HPK: jax.Array
+    v_HPK: jax.Array
+
+
+def attend(q_HCK, plain_HCK, k_HJK, v_HJK, prefix: Prefix, seen_CJ, penalty_HCJ=None):
+    """sum_j softmax_j(q . k_j / sqrt(K) - penalty_j) v_j over the keys seen and over the prefix.
+
+    Arrays are `[..., H, C, K]`; `seen_CJ` and `penalty_HCJ` broadcast against the scores. The
+    prefix is asked with `plain`, the query without its position, so that where a token stands in
+    its document does not change what it gets from there.
+    """
+    size = q_HCK.shape[-1]
+    scores_HCJ = rows_dot_rows(q_HCK, k_HJK) * size**-0.5
+    if penalty_HCJ is not None:
+        scores_HCJ -= penalty_HCJ
+    scores_HCJ = jnp.where(seen_CJ, scores_HCJ, -jnp.inf)
+    wide = accumulation_dtype(q_HCK)
+    scores_HCP = jnp.einsum(
+        "...hck,hpk->...hcp", plain_HCK, prefix.k_HPK, preferred_element_type=wide
+    )
+    scores = jnp.concatenate([scores_HCJ, scores_HCP * size**-0.5], -1)
+    weights = jax.nn.softmax(scores, -1).astype(v_HJK.dtype)
+    split = k_HJK.shape[-2]
+    o_HCK = dot(weights[..., :split], v_HJK)
+    o_HCK += jnp.einsum(
+        "...hcp,hpk->...hck", weights[..., split:], prefix.v_HPK, preferred_element_type=wide
+    )
+    return o_HCK.astype(q_HCK.dtype)
+
+
+class WindowAttention(nnx.Module):
+    """o_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j over 0 <= t - j < window, and the prefix.
+
+    The heads' outputs side by side; the projection behind them is the caller's.
+    Computed in blocks of `window` tokens, each against itself and the block before it.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        window: int,
+        persistent: int,
+        position: Position,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.heads, self.size, self.window = heads, d_model // heads, window
+        self.position = position
+        self.query, self.key, self.value = (
+            Linear(d_model, d_model, rngs=rngs, axes=("heads", "embed")) for _ in range(3)
+        )
+        self.persistent = nnx.Param(
+            normal(rngs, (persistent, d_model), 1.0), axes=("rank", "embed")
+        )
+
+    def init_state(self, batch: int) -> WindowState:
+        cache = jnp.zeros((batch, self.window - 1, self.heads, self.size), jnp.float32)
+        valid_BM = jnp.zeros((batch, self.window - 1), bool)
+        return WindowState(cache, cache, valid_BM, jnp.zeros((batch,), jnp.int32))
+
+    def split_heads(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., H, K]."""
+        return x.reshape(*x.shape[:-1], self.heads, self.size)
+
+    def prefix(self, dtype: jnp.dtype) -> Prefix:
+        """Keys and values of the persistent tokens."""
+        tokens_PD = self.persistent[...].astype(dtype)
+        k_PHK, v_PHK = (self.split_heads(p(tokens_PD)) for p in (self.key, self.value))
+        return Prefix(jnp.swapaxes(k_PHK, 0, 1), jnp.swapaxes(v_PHK, 0, 1))
+
+    def __call__(
+        self,
+        state: WindowState,
+        x_BTD: Float[Array, "B T D"],
+        reset_BT: Bool[Array, "B T"],
+    ) -> tuple[WindowState, Float[Array, "B T D"]]:
+        position_BT = positions(state.position_B, reset_BT)
+        plain_BTHK, k_BTHK, v_BTHK = (
+            self.split_heads(p(x_BTD)) for p in (self.query, self.key, self.value)
+        )
+        q_BTHK, k_BTHK = (
+            apply_position(self.position, a, position_BT) for a in (plain_BTHK, k_BTHK)
+        )
+        k_BJHK = jnp.concatenate([state.k_BMHK.astype(x_BTD.dtype), k_BTHK], 1)
+        v_BJHK = jnp.concatenate([state.v_BMHK.astype(x_BTD.dtype), v_BTHK], 1)
+        id_BT = document_ids(reset_BT)
+        id_BJ = jnp.concatenate([jnp.where(state.valid_BM, 0, -1), id_BT], 1)
+        o_BTD = self._blocks(q_BTHK, plain_BTHK, k_BJHK, v_BJHK, id_BT, id_BJ)
+        keep = slice(k_BJHK.shape[1] - (self.window - 1), None)
+        valid_BM = id_BJ[:, keep] == id_BJ[:, -1:]
+        k_BMHK, v_BMHK = (
+            jnp.where(valid_BM[..., None, None], a[:, keep], 0).astype(jnp.float32)
+            for a in (k_BJHK, v_BJHK)
+        )
+        return WindowState(k_BMHK, v_BMHK, valid_BM, position_BT[:, -1] + 1), o_BTD
+
+    def _blocks(self, q_BTHK, plain_BTHK, k_BJHK, v_BJHK, id_BT, id_BJ) -> jax.Array:
+        """Blocks of C tokens over keys of the M tokens before each and its own."""
+        batch, tokens = id_BT.shape
+        block, before = min(self.window, tokens), self.window - 1
+        count = -(-tokens // block)
+        extra = block - before if count > 1 else 0  # the reach to the left, in whole blocks
+        behind = count * block - tokens
+
+        def queries(x_BT: jax.Array) -> jax.Array:
+            x_BT = jnp.pad(x_BT, ((0, 0), (0, behind), (0, 0), (0, 0)))
+            x_BNCH = x_BT.reshape(batch, count, block, *x_BT.shape[2:])
+            return jnp.swapaxes(x_BNCH, 2, 3)
+
+        def keys(x_BJ: jax.Array, fill: int = 0) -> jax.Array:
+            more = ((0, 0),) * (x_BJ.ndim - 2)
+            x_BJ = jnp.pad(x_BJ, ((0, 0), (extra, behind), *more), constant_values=fill)
+            if count == 1:
+                return x_BJ[:, None]
+            x_BNC = x_BJ.reshape(batch, count + 1, block, *x_BJ.shape[2:])
+            return jnp.concatenate([x_BNC[:, :-1], x_BNC[:, 1:]], 2)
+
+        id_BNC = jnp.pad(id_BT, ((0, 0), (0, behind)), constant_values=-2)
+        id_BNC, id_BNJ = id_BNC.reshape(batch, count, block), keys(id_BJ, -1)
+        gap_CJ = before + extra + jnp.arange(block)[:, None] - jnp.arange(id_BNJ.shape[-1])
+        seen_BNCJ = id_BNC[..., :, None] == id_BNJ[..., None, :]
+        seen_BNCJ &= (gap_CJ >= 0) & (gap_CJ < self.window)
+        slopes_H = self.position.slopes(self.heads)
+        penalty = None if slopes_H is None else slopes_H[:, None, None] * gap_CJ
+        o_BNHCK = jax.checkpoint(attend)(
+            queries(q_BTHK),
+            queries(plain_BTHK),
+            jnp.swapaxes(keys(k_BJHK), 2, 3),
+            jnp.swapaxes(keys(v_BJHK), 2, 3),
+            self.prefix(q_BTHK.dtype),
+            seen_BNCJ[:, :, None],
+            penalty,
+        )
+        o_BTD = jnp.swapaxes(o_BNHCK, 2, 3).reshape(batch, count * block, -1)
+        return o_BTD[:, :tokens]
+
+    def attention_flops(self, segment: int) -> float:
+        """Operations a token of scores and sums."""
+        reach = min(self.window, segment)
+        seen = (reach * (reach + 1) / 2 + (segment - reach) * reach) / segment
+        return 4.0 * (seen + self.persistent.shape[0]) * self.heads * self.size

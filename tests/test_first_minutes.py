@@ -1,0 +1,103 @@
+"""What someone meets first: help, a bare command, narrow terminals, pipes, completion."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memjax.cli import main
+from memjax.commands import COMMANDS
+from memjax.completion import field_paths
+from memjax.experiment import Experiment
+from memjax.training import loop
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_eighty_columns_and_leads_on(command, narrow, capsys):
+    try:
+        assert main([command, "--help"] if command else []) == 0
+    except SystemExit as done:  # how argparse ends after help
+        assert done.code == 0
+    out = capsys.readouterr().out
+    assert not [line for line in out.splitlines() if len(line) > 80]
+    if command:
+        assert COMMANDS[command].summary in " ".join(out.split())
+    else:
+        assert all(name in out for name in COMMANDS)
+
+
+def test_a_description_fits_eighty_columns_whole(narrow, capsys):
+    assert main(["describe", f"--config={ROOT / 'configs' / 'quickstart.py'}"]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out and max(map(len, out.splitlines())) <= 80
+    assert "0-3" in out and "gated_deltanet" in out  # four layers alike, one row
+
+
+def test_train_without_arguments_says_what_it_trains_and_where(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(loop, "train", lambda *given: asked.append(given) or {})
+    assert main(["train"]) == 0
+    ((experiment, workdir),) = asked
+    assert experiment == Experiment() and workdir == "runs/default"
+    out, err = capsys.readouterr()
+    assert "training the defaults" in err and "runs/default" in err and "Ctrl-C" in err
+    assert "memjax eval --workdir=runs/default" in out
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m memjax train --help | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0" and not done.stderr
+
+
+def test_field_paths_are_those_of_the_config_and_of_every_mixer():
+    paths = field_paths(Experiment)
+    assert len(paths) == len(set(paths))
+    assert {"train.steps", "model.d_model", "model.mlp.ratio", "mesh.data"} <= set(paths)
+    assert {"model.mixers.lstm.unroll", "model.mixers.attention.window"} <= set(paths)
+    assert "model.mlp.kind" in paths and "model.mlp" not in paths
+
+
+COMPLETED = {
+    "memjax tr": ["train"],
+    "memjax train --work": ["--workdir="],
+    "memjax train --config.train.ste": ["--config.train.steps="],
+    "memjax eval --split=t": ["train", "test"],
+    "memjax sweep --slurm.part": ["--slurm.partition="],
+    "memjax completion ba": ["bash"],
+    "memjax train --config=configs/quickst": ["configs/quickstart.py"],
+}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_options_fields_choices_and_files(tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "memjax.bash"
+    script.write_text(capsys.readouterr().out)
+    lines = [f"source {script}"]
+    for typed in COMPLETED:
+        lines += [f'COMP_LINE="{typed}"', "COMP_POINT=${#COMP_LINE}", "COMPREPLY=()", "_memjax"]
+        lines.append('echo "${COMPREPLY[*]}"')
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert [line.split() for line in done.stdout.splitlines()] == list(COMPLETED.values())
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_a_script_that_they_can_read(shell, tmp_path, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "--config.train.steps=" in script
+    if shutil.which(shell) is not None:
+        (tmp_path / "script").write_text(script)
+        subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)

@@ -1,0 +1,134 @@
+"""Matching before launch: what is solved for agrees, and is what `describe` counts."""
+
+import json
+
+import pytest
+
+from memjax.cli import main
+from memjax.config import ConfigError, build, to_dict
+from memjax.data import Data
+from memjax.describe import describe
+from memjax.experiment import Experiment
+from memjax.match import Match, match, quantity
+from memjax.mixers import Attention, GatedDeltaNet, LinearAttention
+from memjax.model import Model
+
+VOCABULARY = 257
+KEYS = {
+    "params": "params",
+    "non_embedding": "non_embedding_params",
+    "state": "state_bytes_per_sequence",
+    "flops": "flops_per_token",
+}
+
+
+def experiment(mixer, d_model=64, **fields):
+    model = Model(d_model=d_model, pattern=(mixer.kind,), repeat=2, mixers={mixer.kind: mixer})
+    return Experiment(model=model, data=Data(sequence=64), **fields)
+
+
+ATTENTION = experiment(Attention(heads=2, window=32), d_model=96)
+DELTA = experiment(GatedDeltaNet(heads=2))
+LINEAR = experiment(LinearAttention(heads=2))
+
+
+@pytest.mark.parametrize("by", KEYS)
+@pytest.mark.parametrize("config", [ATTENTION, DELTA], ids=["attention", "delta"])
+def test_a_quantity_is_what_describe_counts(config, by):
+    assert quantity(config, VOCABULARY, by) == describe(config, VOCABULARY)[KEYS[by]]
+
+
+@pytest.mark.parametrize("by", KEYS)
+@pytest.mark.parametrize(
+    ("config", "to"),
+    [(DELTA, ATTENTION), (LINEAR, ATTENTION)],
+    ids=["delta-attention", "linear-attention"],
+)
+def test_matched_configs_agree_within_one_per_cent(config, to, by):
+    target = describe(to, VOCABULARY)[KEYS[by]]
+    found = match(config, VOCABULARY, target, Match(by=by))
+    told = describe(found.experiment, VOCABULARY)[KEYS[by]]
+    assert told == found.value and abs(told - target) <= 0.01 * target
+    assert found.before == describe(config, VOCABULARY)[KEYS[by]]
+
+
+def test_only_what_was_said_to_change_has_changed():
+    target = describe(ATTENTION, VOCABULARY)["params"]
+    found = match(DELTA, VOCABULARY, target, Match(change=("model.d_model", "model.mlp.ratio")))
+    data = to_dict(DELTA)
+    for path, (old, new) in found.changed.items():
+        *sections, last = path.split(".")
+        here = data
+        for section in sections:
+            here = here[section]
+        assert here[last] == old != new
+        here[last] = new
+    assert build(Experiment, data) == found.experiment
+
+
+def test_a_size_left_to_its_default_can_be_solved_for():
+    assert DELTA.model.mixers["gated_deltanet"].key_size is None
+    target = 4 * describe(DELTA, VOCABULARY)["state_bytes_per_sequence"]
+    field = "model.mixers.gated_deltanet.key_size"
+    found = match(DELTA, VOCABULARY, target, Match(by="state", change=(field,)))
+    assert list(found.changed) == [field] and found.changed[field][0] is None
+    assert found.experiment.model.d_model == DELTA.model.d_model
+
+
+def test_a_window_is_solved_for_exactly():
+    target = quantity(experiment(Attention(heads=2, window=77), 96), VOCABULARY, "state")
+    found = match(ATTENTION, VOCABULARY, target, Match(by="state", tolerance=1e-9))
+    assert found.value == target
+    assert found.changed == {"model.mixers.attention.window": (32, 77)}
+
+
+def test_equal_configs_stay_as_they_are():
+    target = describe(DELTA, VOCABULARY)["params"]
+    found = match(DELTA, VOCABULARY, target, Match())
+    assert found.experiment == DELTA and found.changed == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "target", "parts"),
+    [
+        (Match(change=("model.d_modle",)), 1e5, ["d_modle", "did you mean d_model?"]),
+        (Match(change=("model.mixers.lstm.x",)), 1e5, ["lstm", "gated_deltanet"]),
+        (Match(change=("model.dtype",)), 1e5, ["model.dtype", "number"]),
+        (Match(change=("model.mixers.gated_deltanet.chunk",)), 1e5, ["chunk", "changes nothing"]),
+        (Match(change=("model.repeat",)), 1.4e5, ["closest", "model.repeat"]),
+    ],
+)
+def test_what_cannot_be_matched_is_one_line(settings, target, parts):
+    with pytest.raises(ConfigError) as caught:
+        match(DELTA, VOCABULARY, target, settings)
+    assert "\n" not in str(caught.value)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_the_command_prints_arguments_that_make_the_matched_config(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("MEMJAX_CACHE", str(tmp_path / "cache"))
+    small = ["--config.model.d_model=64", "--config.model.repeat=2"]
+    saved = tmp_path / "matched.json"
+    assert main(["match", *small, "--to=200e3", f"--save={saved}", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert abs(told["after"] - 200e3) <= 2000 and told["difference"] == told["after"] / 200e3 - 1
+    assert main(["describe", *small, *told["arguments"], "--json"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["params"] == told["after"]
+    assert main(["describe", f"--config={saved}", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["params"] == told["after"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ([], ["--to"]),
+        (["--to=nowhere.py"], ["nowhere.py"]),
+        (["--to=-3"], ["to=-3"]),
+        (["--to=1e6", "--by=parms"], ["parms", "params"]),
+        (["--to=1e6", "--tolerance=0"], ["tolerance=0"]),
+    ],
+)
+def test_a_wrong_argument_is_one_line(argv, parts, capfd):
+    assert main(["match", *argv]) == 2
+    err = capfd.readouterr().err
+    assert len(err.strip().splitlines()) == 1 and all(part in err for part in parts), err
