@@ -1,39 +1,119 @@
-"""Which implementation of an operation runs."""
+"""Which implementation of an operation runs.
+
+A named implementation runs or raises. "auto" takes the fast one of the platform where it suits the
+arguments, and plain JAX (`xla`) otherwise.
+"""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("reference", "xla", "tpu", "gpu")
+NAMES = ("reference", "xla", "tpu", "gpu", "splash", "cudnn", "rdma")
 
 AVAILABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "attention": ("reference", "xla"),
-        "delta_rule": ("reference", "xla"),
-        "linear_attention": ("reference", "xla"),
+        "attention": ("reference", "xla", "tpu", "splash", "cudnn"),
+        "delta_rule": ("reference", "xla", "tpu", "gpu"),
+        "linear_attention": ("reference", "xla", "tpu", "gpu"),
+        "mlstm": ("reference", "xla", "tpu"),
+        "diagonal_scan": ("reference", "xla"),
+        "ring_attention": ("xla", "rdma"),
+        "neural_memory": ("reference", "xla"),
+        "selective_scan": ("reference", "xla", "tpu"),
+        "taylor_attention": ("reference", "xla"),
+        "ttt_linear": ("reference", "xla"),
+        "ttt_mlp": ("reference", "xla"),
     }
 )
 
-_logged: set[str] = set()
+# Where an implementation runs; one that is not listed runs anywhere.
+PLATFORM = MappingProxyType(
+    {"tpu": "tpu", "splash": "tpu", "rdma": "tpu", "gpu": "gpu", "cudnn": "gpu"}
+)
+
+# What "auto" tries before "xla". On a GPU the kernels run when named: none has been timed yet.
+PREFERRED: Mapping[str, tuple[str, ...]] = MappingProxyType({"tpu": ("tpu",)})
+
+Unfit = Mapping[str, Callable[[], str | None]]
+"""For an implementation, why it cannot take the arguments of a call; None where it can."""
 
 
-def resolve(op: str, impl: str = "auto") -> str:
-    """The implementation that `op` runs when called with `impl`.
+class Target(NamedTuple):
+    """The platform that programs are traced for, and the interpreter that stands in for it."""
 
-    "auto" is "xla"; the first such choice for each operation is logged at INFO level.
-    Raises ValueError for an unknown operation, or a name that the operation does not have.
+    platform: str
+    interpreter: Any = None
+
+
+_target = jax.make_user_context(None)
+_logged: set[tuple[str, str]] = set()
+
+
+def target(platform: str, *, interpreter: Any = None) -> Any:
+    """A context in which programs are traced for `platform` ("cpu", "tpu", "gpu").
+
+    For lowering or compiling on a machine without it. With `interpreter` (True, or parameters of
+    Pallas's interpreters) kernels are simulated instead. Compiled programs are kept apart by it.
+    """
+    return _target(Target(platform, interpreter))
+
+
+def current_target() -> Target:
+    """The target of the enclosing context, or the default backend."""
+    return _target.value or Target(jax.default_backend())
+
+
+def resolve(op: str, impl: str = "auto", unfit: Unfit = MappingProxyType({})) -> str:
+    """The implementation that `op` runs when called with `impl` here.
+
+    `unfit` tells, by implementation, why it does not suit the arguments. "auto" skips those, and
+    logs each choice once at INFO level. Raises ValueError for an unknown operation, and for a name
+    that the operation does not have, that the platform does not run, or that does not suit.
     """
     if op not in AVAILABLE:
         raise ValueError(f"op={op!r} is not an operation; available: {', '.join(AVAILABLE)}")
-    available = AVAILABLE[op]
+    platform = current_target().platform
+    here = [name for name in AVAILABLE[op] if PLATFORM.get(name, platform) == platform]
     if impl == "auto":
-        if op not in _logged:
-            _logged.add(op)
-            logger.info("%s: impl='auto' runs 'xla'", op)
-        return "xla"
-    if impl in available:
+        return _choose(op, platform, here, unfit)
+    rest = f"use 'auto' or one of: {', '.join(here)}"
+    if impl in here:
+        reason = unfit[impl]() if impl in unfit else None
+        if reason is not None:
+            raise ValueError(f"{op}: impl={impl!r} cannot run this call: {reason}; {rest}")
         return impl
+    if impl in AVAILABLE[op]:
+        raise ValueError(f"{op}: impl={impl!r} is not available on {platform}; {rest}")
     what = "is not available" if impl in NAMES else "is unknown"
-    raise ValueError(f"{op}: impl={impl!r} {what}; use 'auto' or one of: {', '.join(available)}")
+    raise ValueError(f"{op}: impl={impl!r} {what}; {rest}")
+
+
+def _choose(op: str, platform: str, here: list[str], unfit: Unfit) -> str:
+    chosen, why = "xla", ""
+    for name in PREFERRED.get(platform, ()):
+        if name in here:
+            reason = _partitioned() or (unfit[name]() if name in unfit else None)
+            if reason is None:
+                chosen, why = name, ""
+                break
+            why = f" ({name}: {reason})"
+    if (op, chosen + why) not in _logged:
+        _logged.add((op, chosen + why))
+        logger.info("%s: impl='auto' runs '%s'%s", op, chosen, why)
+    return chosen
+
+
+def _partitioned() -> str | None:
+    """Why a kernel cannot be in this program: the compiler would have to split it over devices."""
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    if kinds and all(kind == AxisType.Manual for kind in kinds):
+        return None
+    if current_target().platform != jax.default_backend() or jax.device_count() == 1:
+        return None
+    return "several devices, and the call is not inside jax.shard_map"

@@ -5,12 +5,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, validate
+from pallas_kernels.attention import maintained, tpu
 from pallas_kernels.attention.chunked import attention_chunked
 from pallas_kernels.attention.reference import attention_reference
 from pallas_kernels.attention.rule import Places, Rule
 
 OP = "attention"
-IMPLEMENTATIONS = {"reference": attention_reference, "xla": attention_chunked}
+IMPLEMENTATIONS = {
+    "reference": attention_reference,
+    "xla": attention_chunked,
+    "tpu": tpu.attention_tpu,
+    "splash": maintained.attention_splash,
+    "cudnn": maintained.attention_cudnn,
+}
 
 TokenIntegers = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B J"]]
 
@@ -73,7 +80,17 @@ def attention(
         raise ValueError(
             f"{OP}: q has H={q.shape[2]} heads; they must be a multiple of the G={k.shape[2]} of k"
         )
-    chosen = dispatch.resolve(OP, impl)
+    given = (positions is not None, segment_ids is not None)
+    unfit = {
+        "tpu": lambda: tpu.unfit(q, k, v),
+        "splash": lambda: maintained.splash_unfit(
+            q, k, v, bias, given[0], causal=causal, window=window
+        ),
+        "cudnn": lambda: maintained.cudnn_unfit(
+            q, k, v, bias, *given, causal=causal, window=window
+        ),
+    }
+    chosen = dispatch.resolve(OP, impl, unfit)
     tokens, keys = q.shape[1], k.shape[1]
     offset = None
     if position_pair[0] is None:

@@ -3,12 +3,20 @@
 import jax
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import dispatch, validate
+from pallas_kernels import chunk_step_gpu, dispatch, validate
 from pallas_kernels.delta_rule.chunked import delta_rule_chunked
+from pallas_kernels.delta_rule.gpu import delta_rule_gpu
 from pallas_kernels.delta_rule.reference import delta_rule_reference
+from pallas_kernels.delta_rule.tpu import delta_rule_tpu
+from pallas_kernels.delta_rule.tpu import unfit as tpu_unfit
 
 OP = "delta_rule"
-IMPLEMENTATIONS = {"reference": delta_rule_reference, "xla": delta_rule_chunked}
+IMPLEMENTATIONS = {
+    "reference": delta_rule_reference,
+    "xla": delta_rule_chunked,
+    "tpu": delta_rule_tpu,
+    "gpu": delta_rule_gpu,
+}
 
 
 def delta_rule(
@@ -65,7 +73,11 @@ def delta_rule(
     validate.check_tokens(OP, q.shape[1])
     validate.check_at_least_one(OP, chunk=chunk)
     validate.check_log_decay(OP, log_decay)
-    chosen = dispatch.resolve(OP, impl)
+    unfit = {
+        "tpu": lambda: tpu_unfit(q, k, v, chunk=chunk),
+        "gpu": lambda: chunk_step_gpu.unfit(q, k, v, log_decay, chunk=chunk),
+    }
+    chosen = dispatch.resolve(OP, impl, unfit)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with jax.named_scope(f"{OP}_{chosen}"):
         return IMPLEMENTATIONS[chosen](

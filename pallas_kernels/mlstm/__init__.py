@@ -9,9 +9,10 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels import dispatch, products, validate
 from pallas_kernels.mlstm.chunked import mlstm_chunked
 from pallas_kernels.mlstm.reference import mlstm_reference
+from pallas_kernels.mlstm.tpu import mlstm_tpu, unfit
 
 OP = "mlstm"
-IMPLEMENTATIONS = {"reference": mlstm_reference, "xla": mlstm_chunked}
+IMPLEMENTATIONS = {"reference": mlstm_reference, "xla": mlstm_chunked, "tpu": mlstm_tpu}
 
 
 class MLSTMMemory(NamedTuple):
@@ -76,7 +77,7 @@ def mlstm(
     validate.check_tokens(OP, q.shape[1])
     validate.check_at_least_one(OP, chunk=chunk)
     validate.check_log_decay(OP, log_forget, "log_forget")
-    chosen = dispatch.resolve(OP, impl)
+    chosen = dispatch.resolve(OP, impl, {"tpu": lambda: unfit(q, k, v, chunk=chunk)})
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = products.accumulation_dtype(q, k, v)
     if state is None:

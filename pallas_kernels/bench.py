@@ -1,0 +1,254 @@
+"""Check and time every operation and implementation: `python -m pallas_kernels.bench`.
+
+Each implementation that runs on this machine and suits the shape is compared with the token loop in
+float64 (on at most --check-tokens tokens, gradients included), then timed, forward and forward with
+backward: warm-up, then the median of --repeats calls on --inputs different inputs in turn. On a GPU
+the time is that of the device (its events); elsewhere it is that of the clock, results waited for.
+A share of the roof is the least time that the FLOPs of the token loop, or one pass over inputs and
+outputs, could take at the machine's peaks, whichever is longer, over the time taken.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from pallas_kernels import dispatch
+
+OPS = {name: getattr(pallas_kernels, name) for name in ("linear_attention", "delta_rule")}
+OPS["attention"] = pallas_kernels.attention
+
+# bfloat16 FLOP/s and bytes/s, as their makers publish them. Of others matmul and copy are measured.
+PEAKS = {
+    "NVIDIA H100": (989e12, 3.35e12),
+    "NVIDIA H200": (989e12, 4.8e12),
+    "TPU v5 lite": (197e12, 0.82e12),
+    "TPU v6 lite": (918e12, 1.64e12),
+}
+
+
+class Shape(NamedTuple):
+    op: str
+    batch: int
+    tokens: int
+    heads: int
+    size: int  # K = V
+    dtype: str
+
+
+class Row(NamedTuple):
+    """One line of the table; times in milliseconds, errors as part of the largest value."""
+
+    shape: Shape
+    impl: str
+    error: float
+    gradient_error: float
+    forward_ms: float
+    both_ms: float
+    roof_share: float
+    roof: str  # what binds: flops or bytes
+
+
+def draw(shape: Shape, seed: int, tokens: int | None = None) -> dict[str, np.ndarray]:
+    """Arguments in float64, with one decay a head for the recurrences."""
+    normal = np.random.default_rng(seed).standard_normal
+    tokens = shape.tokens if tokens is None else tokens
+    batch, heads, size = shape.batch, shape.heads, shape.size
+    args = {name: normal((batch, tokens, heads, size)) for name in "qkv"}
+    if shape.op == "attention":
+        return args
+    args["k"] /= np.linalg.norm(args["k"], axis=-1, keepdims=True)
+    args["log_decay"] = -np.exp(normal((batch, tokens, heads)) - 3)
+    args["initial_state"] = normal((batch, heads, size, size))
+    if shape.op == "delta_rule":
+        args["beta"] = 1 / (1 + np.exp(-normal((batch, tokens, heads))))
+    return args
+
+
+def placed(args: dict[str, np.ndarray], dtype: str) -> dict[str, jax.Array]:
+    return {n: jnp.asarray(x, dtype if n in "qkv" else jnp.float32) for n, x in args.items()}
+
+
+def calls(shape: Shape, impl: str) -> tuple[Callable, Callable]:
+    """Forward, and forward with every gradient."""
+    settings: dict[str, Any] = {"impl": impl}
+    if shape.op != "attention":
+        settings["chunk"] = 64 if jax.default_backend() != "cpu" else 32
+
+    def forward(args):
+        return OPS[shape.op](**args, **settings)
+
+    def both(args):
+        out, pull = jax.vjp(forward, args)
+        return out, pull(jax.tree.map(jnp.ones_like, out))[0]
+
+    return jax.jit(forward), jax.jit(both)
+
+
+def errors(shape: Shape, impl: str, tokens: int) -> tuple[float, float]:
+    """Largest error of outputs, and of gradients, against the token loop in float64."""
+    wide = draw(shape, 0, min(tokens, shape.tokens))
+    args = placed(wide, shape.dtype)
+    rounded = {n: np.asarray(x.astype(jnp.float32), np.float64) for n, x in args.items()}
+    got = calls(shape, impl)[1](args)
+    cpu = jax.local_devices(backend="cpu")[0]
+    with dispatch.target("cpu"), jax.enable_x64(True), jax.default_device(cpu):
+        exact = {name: jnp.asarray(x) for name, x in rounded.items()}
+        want = jax.device_get(calls(shape, "reference")[1](exact))
+
+    def largest(a: Any, b: Any) -> float:
+        pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        return max(
+            float(np.abs(np.asarray(x.astype(jnp.float32), np.float64) - y).max() / np.abs(y).max())
+            for x, y in pairs
+        )
+
+    return largest(got[0], want[0]), largest(got[1], want[1])
+
+
+def seconds(call: Callable, inputs: list[dict], repeats: int) -> float:
+    """Median time of a call."""
+    for args in inputs:
+        jax.block_until_ready(call(args))
+    if jax.default_backend() == "gpu":
+        from jax.experimental.mosaic.gpu import profiler
+
+        timed = profiler.measure(call, aggregate=True)
+        taken = [(timed(inputs[i % len(inputs)])[1] or 0.0) / 1e3 for i in range(repeats)]
+        return statistics.median(taken)
+    taken = []
+    for i in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call(inputs[i % len(inputs)]))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def work(shape: Shape) -> tuple[float, float]:
+    """FLOPs of the token loop and bytes of inputs and outputs, forward with backward."""
+    tokens = shape.batch * shape.tokens * shape.heads
+    if shape.op == "attention":
+        flops = 3.5 * tokens * 2 * shape.size * shape.tokens
+    else:
+        flops = 3 * tokens * {"linear_attention": 4, "delta_rule": 6}[shape.op] * shape.size**2
+    width = jnp.dtype(shape.dtype).itemsize
+    return flops, 3.0 * tokens * 4 * shape.size * width
+
+
+def peaks() -> tuple[float, float]:
+    """FLOP/s and bytes/s of the machine."""
+    kind = jax.devices()[0].device_kind
+    for name, known in PEAKS.items():
+        if kind.startswith(name):
+            return known
+    x = jnp.ones((1024, 1024), jnp.float32)
+    multiply, copy = jax.jit(lambda args: args["x"] @ args["x"]), jax.jit(lambda args: -args["x"])
+    flops = 2 * 1024**3 / seconds(multiply, [{"x": x}], 10)
+    wide = jnp.ones((32 * 2**20,), jnp.float32)
+    return flops, 8 * wide.size / seconds(copy, [{"x": wide}], 5)
+
+
+def measure(shape: Shape, impl: str, roofs: tuple[float, float], settings: Any) -> Row:
+    error, gradient_error = errors(shape, impl, settings.check_tokens)
+    inputs = [placed(draw(shape, seed), shape.dtype) for seed in range(settings.inputs)]
+    forward, both = (seconds(c, inputs, settings.repeats) for c in calls(shape, impl))
+    least = [amount / peak for amount, peak in zip(work(shape), roofs)]
+    roof = "flops" if least[0] >= least[1] else "bytes"
+    return Row(
+        shape, impl, error, gradient_error, 1e3 * forward, 1e3 * both, max(least) / both, roof
+    )
+
+
+def show(row: Row) -> str:
+    shape = row.shape
+    return (
+        f"{shape.op:17} {row.impl:9} T={shape.tokens:<6} H={shape.heads:<3} K={shape.size:<4}"
+        f"{shape.dtype:9} error {row.error:.0e} gradients {row.gradient_error:.0e}  "
+        f"forward {row.forward_ms:9.3f} ms  both {row.both_ms:9.3f} ms  "
+        f"{100 * row.roof_share:5.1f}% of {row.roof}"
+    )
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def parse(arguments: list[str] | None) -> Any:
+    on_cpu = jax.default_backend() == "cpu"
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
+    parser.add_argument("--ops", type=_names, default=list(OPS))
+    parser.add_argument("--impls", type=_names, default=["xla", "tpu", "gpu", "splash", "cudnn"])
+    parser.add_argument("--total", type=int, default=2048 if on_cpu else 32768, help="B x T")
+    parser.add_argument("--tokens", type=_numbers, default=[512] if on_cpu else [2048, 8192, 32768])
+    parser.add_argument("--heads", type=_numbers, default=[4] if on_cpu else [16])
+    parser.add_argument("--sizes", type=_numbers, default=[64] if on_cpu else [128], help="K = V")
+    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
+    parser.add_argument("--repeats", type=int, default=5 if on_cpu else 50)
+    parser.add_argument("--inputs", type=int, default=2 if on_cpu else 4)
+    parser.add_argument("--check-tokens", type=int, default=256)
+    parser.add_argument("--json", type=Path, help="file for the results")
+    chosen = parser.parse_args(arguments)
+    for name in chosen.ops:
+        if name not in OPS:
+            parser.error(f"--ops={name} is not one of: {', '.join(OPS)}")
+    for name in chosen.impls:
+        if name not in dispatch.NAMES:
+            parser.error(f"--impls={name} is not one of: {', '.join(dispatch.NAMES)}")
+    return chosen
+
+
+def suits(shape: Shape, impl: str) -> str | None:
+    """Why an implementation does not run this shape here; None if it does."""
+    args = {}
+    for name, x in placed(draw(shape, 0, 1), shape.dtype).items():
+        rest = x.shape[1:] if name == "initial_state" else (shape.tokens, *x.shape[2:])
+        args[name] = jax.ShapeDtypeStruct((shape.batch, *rest), x.dtype)
+    try:
+        jax.eval_shape(calls(shape, impl)[0], args)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    settings = parse(arguments)
+    roofs, rows = peaks(), []
+    device = jax.devices()[0].device_kind
+    print(f"{device}: {roofs[0] / 1e12:.3g} TFLOP/s, {roofs[1] / 1e9:.3g} GB/s")
+    for op, tokens, heads, size in itertools.product(
+        settings.ops, settings.tokens, settings.heads, settings.sizes
+    ):
+        batch = max(settings.total // tokens, 1)
+        shape = Shape(op, batch, tokens, heads, size, settings.dtype)
+        for impl in settings.impls:
+            if impl not in dispatch.AVAILABLE[op]:
+                continue
+            reason = suits(shape, impl)
+            if reason is not None:
+                print(f"{op:17} {impl:9} T={tokens:<6} not run: {reason}")
+                continue
+            rows.append(measure(shape, impl, roofs, settings))
+            print(show(rows[-1]), flush=True)
+    if settings.json is not None:
+        results = [row._asdict() | {"shape": row.shape._asdict()} for row in rows]
+        report = {"device": device, "flops_per_s": roofs[0], "bytes_per_s": roofs[1]}
+        settings.json.write_text(json.dumps(report | {"results": results}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
