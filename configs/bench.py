@@ -2,7 +2,11 @@
 
 Command:   memjax bench --config=configs/bench.py:transformer
            variants: `transformer`, `linear`, `delta` (the layer of its paper: short convolutions,
-           values twice as wide as keys), `delta_square` (keys and values of 64, no convolution)
+           values twice as wide as keys), `delta_square` (keys and values of 64, no convolution),
+           `linear_transformer`, `based`, `retnet`, `gla`, `deltanet`, `mom`, `rg_lru`,
+           `ttt_linear`, `ttt_mlp`, `titans_lmm`, `titans_mac`, `titans_mag`, `titans_mal`,
+           `hgrn2`, `mlstm` (without MLP),
+           `mamba`, `mamba2` (16 layers without MLP)
 Hardware:  2 CPU cores
 Duration:  about a minute each
 Result:    experiments/throughput/
@@ -10,7 +14,29 @@ Result:    experiments/throughput/
 
 from memjax.data import Data
 from memjax.experiment import Experiment
-from memjax.mixers import Attention, GatedDeltaNet, LinearAttention
+from memjax.layers import SwiGLU
+from memjax.mixers import (
+    GLA,
+    HGRN2,
+    MLSTM,
+    RGLRU,
+    TTTMLP,
+    Attention,
+    Based,
+    DeltaNet,
+    GatedDeltaNet,
+    LinearAttention,
+    LinearTransformer,
+    Mamba,
+    Mamba2,
+    MoM,
+    RetNet,
+    TitansLMM,
+    TitansMAC,
+    TitansMAG,
+    TitansMAL,
+    TTTLinear,
+)
 from memjax.model import Model
 
 MIXERS = {
@@ -20,12 +46,37 @@ MIXERS = {
     "delta_square": {
         "gated_deltanet": GatedDeltaNet(heads=4, key_size=64, value_size=64, conv=None)
     },
+    "linear_transformer": {"linear_transformer": LinearTransformer(heads=4)},
+    "based": {"based": Based(heads=4)},
+    "retnet": {"retnet": RetNet(heads=4)},
+    "gla": {"gla": GLA(heads=4)},
+    "deltanet": {"deltanet": DeltaNet(heads=4)},
+    "mom": {"mom": MoM(heads=4)},
+    "rg_lru": {"rg_lru": RGLRU(width=352)},
+    "mamba": {"mamba": Mamba()},
+    "mamba2": {"mamba2": Mamba2()},
+    "mlstm": {"mlstm": MLSTM(heads=4)},
+    "hgrn2": {"hgrn2": HGRN2()},
+    "ttt_linear": {"ttt_linear": TTTLinear(heads=4)},
+    "ttt_mlp": {"ttt_mlp": TTTMLP(heads=4)},
+    "titans_lmm": {"titans_lmm": TitansLMM()},
+    "titans_mac": {"titans_mac": TitansMAC(segment=128)},
+    "titans_mag": {"titans_mag": TitansMAG(window=128)},
+    "titans_mal": {"titans_mal": TitansMAL(window=128)},
 }
+ALONE = {"mamba": 16, "mamba2": 16, "mlstm": 8}  # layers; a mixer is a block by itself
 
 
 def get_config(variant: str = "transformer") -> Experiment:
-    mixers = MIXERS[variant]
+    mixers, alone = MIXERS[variant], variant in ALONE
     return Experiment(
-        model=Model(d_model=256, pattern=tuple(mixers), repeat=8, mixers=mixers, layers="unroll"),
+        model=Model(
+            d_model=256,
+            pattern=tuple(mixers),
+            repeat=ALONE.get(variant, 8),
+            mixers=mixers,
+            mlp=None if alone else SwiGLU(),
+            layers="unroll",
+        ),
         data=Data(sequence=1024, batch=2),
     )

@@ -7,35 +7,105 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memjax.mixers import MIXERS, Attention, GatedDeltaNet, LinearAttention
-from memjax.model import LanguageModel, Model, make_mixer
-from memjax.positions import NoPE
+from memjax.mixers import (
+    GLA,
+    HGRN2,
+    MIXERS,
+    MLSTM,
+    RGLRU,
+    TTTMLP,
+    Attention,
+    Based,
+    DeltaNet,
+    GatedDeltaNet,
+    LinearAttention,
+    Mamba,
+    Mamba2,
+    Miras,
+    MoM,
+    RetNet,
+    TitansLMM,
+    TitansMAC,
+    TitansMAG,
+    TitansMAL,
+    TTTLinear,
+)
+from memjax.mixers.deep_memory import DeepMemory
+from memjax.model import LanguageModel, Model
+from memjax.positions import ALiBi, NoPE
+from memjax.stack import make_mixer
+from pallas_kernels.neural_memory import ElasticNet, LinearMap, Nesterov, Robust
 
 WIDTH = 16
 
-CONFIGS = {
-    **{kind: config() for kind, (config, _) in MIXERS.items()},
+# One config of every kind, small where its default would hide block or chunk borders.
+KINDS = {kind: config() for kind, (config, _) in MIXERS.items()} | {
+    # With fewer keys, the output of a head may cancel to less than bfloat16 can tell from nothing.
+    "gla": GLA(heads=2),
+    "deltanet": DeltaNet(heads=2),
+    "based": Based(heads=2, key_size=3, chunk=8),
+    "mamba": Mamba(states=3, expand=1, rank=2, chunk=8),
+    "mamba2": Mamba2(head_size=8, state_size=6, groups=2, chunk=8),
+    "rg_lru": RGLRU(width=18, heads=3, chunk=8),
+    "mlstm": MLSTM(heads=2, expand=1, block=2, conv=2, chunk=8),
+    "hgrn2": HGRN2(expand=4, chunk=8),
+    "ttt_linear": TTTLinear(update_every=5, heads=2),
+    "ttt_mlp": TTTMLP(update_every=3, expansion=2, heads=2),
+    "titans_lmm": TitansLMM(memory=DeepMemory(heads=2, update_every=8)),
+    "titans_mac": TitansMAC(segment=8, memory=DeepMemory(heads=2, update_every=4)),
+    "titans_mag": TitansMAG(window=6, memory=DeepMemory(heads=2, update_every=5, momentum=False)),
+    "titans_mal": TitansMAL(window=5, memory=DeepMemory(heads=2, update_every=4, conv=2)),
+}
+# Other settings, which meet the laws of splits, oracles and speed settings alone.
+VARIANTS = {
     "attention-window": Attention(window=6),
     "attention-grouped-short-cache": Attention(kv_heads=2, context=9),
     "attention-nope": Attention(position=NoPE(), window=11),
+    "attention-alibi": Attention(position=ALiBi(), context=12),
     "attention-self-only": Attention(window=1),
     "linear-none": LinearAttention(decay="none", chunk=8),
     "linear-vector": LinearAttention(decay="vector", heads=2, chunk=16, value_size=6),
     "delta-no-conv-negative": GatedDeltaNet(conv=None, negative_eigenvalues=True, chunk=8),
+    "retnet-nope": RetNet(position=NoPE(), heads=2, chunk=8),
+    "deltanet-no-conv": DeltaNet(conv=None, negative_eigenvalues=True, heads=2, key_size=5),
+    "mom-delta": MoM(inner="delta", memories=3, top_k=1, shared=False, heads=2, conv=None),
+    "mom-linear": MoM(inner="linear", memories=3, top_k=2, heads=2, conv=None, chunk=8),
+    "mom-retention": MoM(inner="retention", memories=3, heads=2, value_size=5),
+    "mom-gla": MoM(inner="gla", memories=2, top_k=1, heads=2, conv=2, chunk=8),
+    "ttt_linear-no-conv": TTTLinear(update_every=4, conv=None),
+    "titans_lmm-deep": TitansLMM(
+        memory=DeepMemory(
+            heads=2, layers=3, expansion=1, update_every=8, residual_norm=False, conv=None
+        )
+    ),
+    "miras-linear-robust": Miras(
+        structure=LinearMap(),
+        bias=Robust(),
+        retention=ElasticNet(cut=0.05),
+        learner=Nesterov(),
+        update_every=3,
+        heads=2,
+        conv=None,
+    ),
 }
+CONFIGS = KINDS | VARIANTS
 
 
 def mixer_of(name):
     """A mixer with every parameter moved off its initial value, so that no gate is trivial."""
-    mixer = make_mixer(CONFIGS[name], WIDTH, rngs=nnx.Rngs(0))
-    definition, params = nnx.split(mixer)
+    return moved(make_mixer(CONFIGS[name], WIDTH, rngs=nnx.Rngs(0)))
+
+
+def moved(module, scale=1.0):
+    """The module, with noise on every parameter."""
+    definition, params = nnx.split(module)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [
-        leaf + (0.3 if leaf.ndim > 1 else 0.1) * jax.random.normal(key, leaf.shape)
+    noisy = [
+        leaf + scale * (0.3 if leaf.ndim > 1 else 0.1) * jax.random.normal(key, leaf.shape)
         for leaf, key in zip(leaves, keys)
     ]
-    return nnx.merge(definition, jax.tree.unflatten(tree, moved))
+    return nnx.merge(definition, jax.tree.unflatten(tree, noisy))
 
 
 def model_of(layers="scan", remat="none", dtype="float32", **fields):
@@ -58,7 +128,12 @@ def segment(length, batch=3, seed=0, resets=()):
     return x_BTD, jnp.asarray(reset_BT)
 
 
+@jax.jit
+def apply(mixer, state, x_BTD, reset_BT):
+    return mixer(state, x_BTD, reset_BT)
+
+
 def busy_state(mixer, batch=3, seed=7):
     """A state reached by reading something."""
-    x_BTD, reset_BT = segment(7, batch, seed)
-    return mixer(mixer.init_state(batch), x_BTD, reset_BT)[0]
+    x_BTD, reset_BT = segment(5, batch, seed)
+    return apply(mixer, mixer.init_state(batch), x_BTD, reset_BT)[0]

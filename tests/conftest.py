@@ -3,10 +3,13 @@
 Workers, and the programs that tests start, share one cache of compiled programs for the run.
 """
 
+import itertools
 import os
 import shutil
 import tempfile
 
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +18,17 @@ if _OWN_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="memjax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 install_import_hook(["memjax", "pallas_kernels"], "checker.check")
+
+TESTS_BETWEEN_CLEARINGS = 40
+_count = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """Compiled programs of hundreds of models would take all memory: drop them now and then."""
+    yield
+    if next(_count) % TESTS_BETWEEN_CLEARINGS == 0:
+        jax.clear_caches()
 
 
 def pytest_sessionfinish(session):

@@ -2,6 +2,8 @@
 
 Tolerance: float32 sums in another order differ by a few units in the last place of values of
 order one; 2e-5 leaves room for the products of two of them.
+
+Nearly all of the time goes into compilation: tests share a few lengths, and programs are whole.
 """
 
 import dataclasses
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CONFIGS, WIDTH, busy_state, mixer_of, segment
+from cases import CONFIGS, KINDS, VARIANTS, WIDTH, apply, busy_state, mixer_of, segment
 from flax import nnx
 from oracles.mixers import ORACLES
 
@@ -18,12 +20,8 @@ from memjax.mixers import MIXERS
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 LENGTH = 37
+ONE_FORM = {"base_conv"}  # a convolution of a few taps is all there is
 RESETS = [(0, 5), (0, 6), (1, 0), (1, 21), (2, 36)]
-
-
-@jax.jit
-def apply(mixer, state, x_BTD, reset_BT):
-    return mixer(state, x_BTD, reset_BT)
 
 
 def assert_close(got, want, **tolerance):
@@ -31,7 +29,7 @@ def assert_close(got, want, **tolerance):
         np.testing.assert_allclose(a, b, **(tolerance or CLOSE))
 
 
-@pytest.fixture(params=CONFIGS, scope="module")
+@pytest.fixture(params=KINDS, scope="module")
 def mixer(request):
     return mixer_of(request.param)
 
@@ -44,6 +42,15 @@ def floats(state):
     "split", [(5, 16, 16), (16, 5, 16), (1,) * 5 + (16, 16), (16, 16) + (1,) * 5]
 )
 def test_any_split_equals_whole(mixer, split):
+    check_split(mixer, split)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_any_split_equals_whole_with_other_settings(name):
+    check_split(mixer_of(name), (5, 16, 16))
+
+
+def check_split(mixer, split):
     x, reset = segment(LENGTH, resets=RESETS)
     start = busy_state(mixer)
     want_state, want = apply(mixer, start, x, reset)
@@ -61,7 +68,8 @@ def test_mixer_is_the_body_of_a_scan_over_segments(mixer):
     pieces = jax.tree.map(
         lambda a: jnp.moveaxis(a.reshape(3, 2, 16, *a.shape[2:]), 1, 0), (x, reset)
     )
-    state, y = jax.lax.scan(lambda s, xs: mixer(s, *xs), mixer.init_state(3), pieces)
+    scan = jax.jit(lambda mixer, *xs: jax.lax.scan(lambda s, xs: mixer(s, *xs), *xs))
+    state, y = scan(mixer, mixer.init_state(3), pieces)
     want_state, want = apply(mixer, mixer.init_state(3), x, reset)
     assert_close(jnp.moveaxis(y, 0, 1).reshape(want.shape), want)
     assert_close(state, want_state)
@@ -75,27 +83,28 @@ def test_outputs_do_not_depend_on_later_tokens(mixer):
         _, whole = apply(mixer, start, x, reset)
         np.testing.assert_allclose(changed[:, :t], whole[:, :t], rtol=1e-6, atol=1e-6)
         assert jnp.abs(changed[:, t:] - whole[:, t:]).max() > 1e-3
-    gradient = jax.grad(lambda x: (mixer(start, x, reset)[1][:, :20] ** 2).sum())(x)
+    early = lambda x: (mixer(start, x, reset)[1][:, :20] ** 2).sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(early))(x)
     assert jnp.abs(gradient[:, 20:]).max() == 0
     assert jnp.abs(gradient[:, :20]).max() > 0
 
 
 def test_nothing_crosses_a_reset(mixer):
-    x, reset = segment(LENGTH, resets=[(0, 9), (1, 9), (2, 9)])
+    x, reset = segment(LENGTH, resets=[(0, 21), (1, 21), (2, 21)])
     start = busy_state(mixer)
     state, y = apply(mixer, start, x, reset)
-    want_state, want = apply(mixer, mixer.init_state(3), x[:, 9:], reset[:, 9:].at[:].set(False))
-    assert_close(y[:, 9:], want)
+    want_state, want = apply(mixer, mixer.init_state(3), x[:, 21:], reset[:, 21:].at[:].set(False))
+    assert_close(y[:, 21:], want)
     assert_close(state, want_state)
 
     def after(start, x):
         state, y = mixer(start, x, reset)
-        return (y[:, 9:] ** 2).sum() + sum((leaf**2).sum() for leaf in floats(state))
+        return (y[:, 21:] ** 2).sum() + sum((leaf**2).sum() for leaf in floats(state))
 
-    from_state, from_x = jax.grad(after, (0, 1), allow_int=True)(start, x)
+    from_state, from_x = jax.jit(jax.grad(after, (0, 1), allow_int=True))(start, x)
     assert max(float(jnp.abs(leaf).max(initial=0)) for leaf in floats(from_state)) == 0
-    assert jnp.abs(from_x[:, :9]).max() == 0
-    assert jnp.abs(from_x[:, 9:]).max() > 0
+    assert jnp.abs(from_x[:, :21]).max() == 0
+    assert jnp.abs(from_x[:, 21:]).max() > 0
 
 
 def test_gradient_reaches_the_state_before_the_segment(mixer):
@@ -105,14 +114,14 @@ def test_gradient_reaches_the_state_before_the_segment(mixer):
         assert mixer.reach == 1  # a window of one token has nothing to remember
         return
     loss = lambda start: (mixer(start, x, reset)[1] ** 2).sum()  # noqa: E731
-    gradient = jax.grad(loss, allow_int=True)(start)
+    gradient = jax.jit(jax.grad(loss, allow_int=True))(start)
     for leaf in floats(gradient):
         assert jnp.isfinite(leaf).all()
         assert leaf.size == 0 or jnp.abs(leaf).max() > 0
 
 
 def test_lanes_are_independent(mixer):
-    x, reset = segment(16, resets=[(0, 5), (1, 0)])
+    x, reset = segment(LENGTH, resets=[(0, 5), (1, 0)])
     start = busy_state(mixer)
     state, y = apply(mixer, start, x, reset)
     order = jnp.array([2, 0, 1])
@@ -123,16 +132,16 @@ def test_lanes_are_independent(mixer):
 
 
 def test_padding_at_the_end_changes_no_real_output(mixer):
-    x, reset = segment(16)
+    x, reset = segment(LENGTH)
     _, y = apply(mixer, mixer.init_state(3), x, reset)
-    _, padded = apply(mixer, mixer.init_state(3), x.at[:, 11:].set(0.0), reset)
-    np.testing.assert_allclose(padded[:, :11], y[:, :11], rtol=1e-6, atol=1e-6)
+    _, padded = apply(mixer, mixer.init_state(3), x.at[:, 31:].set(0.0), reset)
+    np.testing.assert_allclose(padded[:, :31], y[:, :31], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_mixer_equals_the_token_loop_of_its_paper(name):
     mixer = mixer_of(name)
-    x, reset = segment(23, resets=[(0, 5), (0, 6), (1, 0), (2, 22)])
+    x, reset = segment(LENGTH, resets=RESETS)
     params = nnx.to_pure_dict(nnx.state(mixer, nnx.Param))
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     oracle = ORACLES[CONFIGS[name].kind]
@@ -148,22 +157,24 @@ def test_speed_settings_do_not_change_the_mathematics(name):
     others = [dict(impl="reference")] if "impl" in fields else []
     others += [dict(chunk=5), dict(chunk=128)] if "chunk" in fields else []
     others += [dict(unroll=1)] if "unroll" in fields else []
-    assert others, "a mixer without a speed setting needs no chunked form: list it here"
+    assert others or config.kind in ONE_FORM, "list a mixer that needs no chunked form there"
     mixer = mixer_of(name)
     x, reset = segment(LENGTH, resets=RESETS)
 
-    def run(mixer, x):
-        state, y = mixer(busy_state(mixer), x, reset)
+    @jax.jit
+    def run(mixer, start, x):
+        state, y = mixer(start, x, reset)
         return (y**2).sum() + sum((leaf**2).sum() for leaf in floats(state)), (state, y)
 
-    (_, want), gradient = jax.value_and_grad(run, 1, has_aux=True)(mixer, x)
+    start = busy_state(mixer)
+    (_, want), gradient = jax.value_and_grad(run, 2, has_aux=True)(mixer, start, x)
     definition, params = nnx.split(mixer)
     for change in others:
         twin = MIXERS[config.kind][1](
             dataclasses.replace(config, **change), WIDTH, rngs=nnx.Rngs(0)
         )
         twin = nnx.merge(nnx.split(twin)[0], params)
-        (_, got), twin_gradient = jax.value_and_grad(run, 1, has_aux=True)(twin, x)
+        (_, got), twin_gradient = jax.value_and_grad(run, 2, has_aux=True)(twin, start, x)
         assert_close(got, want, rtol=1e-4, atol=1e-4)
         assert_close(twin_gradient, gradient, rtol=2e-3, atol=2e-4 * jnp.abs(gradient).max())
 
@@ -185,7 +196,7 @@ def test_long_segments_with_extreme_inputs_stay_finite(name, scale):
         assert jnp.isfinite(leaf).all()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_bfloat16_inputs_stay_near_float32(name):
     mixer = mixer_of(name)
     x, reset = segment(LENGTH, resets=RESETS)
@@ -196,9 +207,10 @@ def test_bfloat16_inputs_stay_near_float32(name):
     assert all(
         a.dtype == b.dtype for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(want_state))
     )
-    # bfloat16 keeps 8 bits: 0.4% a rounding, some ten roundings deep
-    error = jnp.abs(y.astype(jnp.float32) - want).max() / jnp.abs(want).max()
-    assert error < 0.05
+    # bfloat16 keeps 8 bits: 0.4% a rounding, some ten roundings deep. Over all outputs: where what
+    # a head reads cancels, the norm behind it makes much of the rounding of that one token.
+    error = jnp.linalg.norm(y.astype(jnp.float32) - want) / jnp.linalg.norm(want)
+    assert error < 0.04
 
 
 @pytest.mark.parametrize("kind", MIXERS)

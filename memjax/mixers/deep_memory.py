@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float
 
 from memjax.config import FieldError, check, check_at_least
 from memjax.layers import Linear, ShortConv, check_heads, l2_normalise
-from memjax.mixers.base import SequenceMixer
 from memjax.positions import Position, Rotary
 from pallas_kernels.dispatch import resolve
 from pallas_kernels.neural_memory import (
@@ -277,16 +276,6 @@ def convolve(conv: ShortConv | None, tail_BMF, x_BTF, reset_BT):
     starts = range(conv.width - 1, -1, -1)
     y_BTF = sum(w_F * padded_BJF[:, at : at + length] for w_F, at in zip(weight_WF, starts))
     return padded_BJF[:, length:].astype(tail_BMF.dtype), y_BTF
-
-
-def state_bytes(mixer: SequenceMixer) -> int:
-    """Bytes of state a sequence; that of `base` for states that start from parameters.
-
-    The parameters are traced too, for they may be nothing but shapes.
-    """
-    definition, params = nnx.split(mixer)
-    state = jax.eval_shape(lambda params: nnx.merge(definition, params).init_state(1), params)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def norms(memory: Memory | NeuralMemoryState) -> dict[str, jax.Array]:

@@ -8,12 +8,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from memjax.layers import Linear, RMSNorm
-from memjax.mixers.base import MemoryReport, MixerConfig, SequenceMixer, projection_flops
+from memjax.mixers.base import (
+    MemoryReport,
+    MixerConfig,
+    SequenceMixer,
+    projection_flops,
+    state_bytes,
+)
 from memjax.mixers.deep_memory import (
     DeepMemory,
     DeepMemoryBranch,
     DeepMemoryState,
-    state_bytes,
     telemetry,
 )
 

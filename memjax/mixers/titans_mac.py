@@ -11,12 +11,17 @@ from jaxtyping import Array, Bool, Float
 
 from memjax.config import check, check_at_least
 from memjax.layers import Linear, RMSNorm, normal
-from memjax.mixers.base import MemoryReport, MixerConfig, SequenceMixer, projection_flops
+from memjax.mixers.base import (
+    MemoryReport,
+    MixerConfig,
+    SequenceMixer,
+    projection_flops,
+    state_bytes,
+)
 from memjax.mixers.deep_memory import (
     DeepMemory,
     DeepMemoryBranch,
     norms,
-    state_bytes,
 )
 from memjax.mixers.persistent import Prefix, attend
 from memjax.positions import PositionField, Rotary, apply_position

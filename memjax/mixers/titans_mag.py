@@ -9,12 +9,17 @@ from jaxtyping import Array, Bool, Float
 
 from memjax.config import check_at_least
 from memjax.layers import Linear, RMSNorm
-from memjax.mixers.base import MemoryReport, MixerConfig, SequenceMixer, projection_flops
+from memjax.mixers.base import (
+    MemoryReport,
+    MixerConfig,
+    SequenceMixer,
+    projection_flops,
+    state_bytes,
+)
 from memjax.mixers.deep_memory import (
     DeepMemory,
     DeepMemoryBranch,
     DeepMemoryState,
-    state_bytes,
     telemetry,
 )
 from memjax.mixers.persistent import WindowAttention, WindowState

@@ -36,12 +36,11 @@ def attention_chunked(
     if slopes_H is not None:
         slopes_GR = slopes_H.astype(accumulation_dtype(q_BTGRK)).reshape(groups, heads // groups)
     # Cut before heads are moved: XLA on CPU would move the heads of an empty cache too.
+    # By `split`, since XLA can take its gradient apart again; those of slices come padded.
+    cuts = [start for start, _ in _parts(tokens, k_BJGK.shape[1])[1:]]
     parts = tuple(
-        (
-            jnp.swapaxes(k_BJGK[:, start:stop].astype(dtype), 1, 2),
-            jnp.swapaxes(v_BJGV[:, start:stop].astype(dtype), 1, 2),
-        )
-        for start, stop in _parts(tokens, k_BJGK.shape[1])
+        (jnp.swapaxes(k.astype(dtype), 1, 2), jnp.swapaxes(v.astype(dtype), 1, 2))
+        for k, v in zip(jnp.split(k_BJGK, cuts, 1), jnp.split(v_BJGV, cuts, 1), strict=True)
     )
     q_BGRTK = jnp.transpose(q_BTGRK, (0, 2, 3, 1, 4))
     o_BGRTV = _attention(rule, q_BGRTK, parts, slopes_GR, queries, keys)

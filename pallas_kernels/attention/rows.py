@@ -9,9 +9,10 @@ from pallas_kernels.attention.tile import (
     LOWEST,
     Tile,
     TileGradients,
+    TransposedGradients,
     merge,
-    tile_backward,
     tile_forward,
+    tile_transposed,
 )
 from pallas_kernels.products import accumulation_dtype
 
@@ -42,14 +43,14 @@ def backward(
     for (start, stop), (first, last) in _ranges(rule, whole):
         tile = _cut(whole, (start, stop), (first, last))
         cotangent = (x[:, :, :, start:stop] for x in (lse_BGRT1, dot_BGRT1, d_o_BGRTV))
-        part = tile_backward(rule, tile, *cotangent)
+        part = tile_transposed(rule, tile, *cotangent)
         d_q.append(part.q_BGRCK)
         total = total._replace(
-            k_BGJK=total.k_BGJK.at[:, :, first:last].add(part.k_BGJK),
-            v_BGJV=total.v_BGJV.at[:, :, first:last].add(part.v_BGJV),
+            k_BGKJ=total.k_BGKJ.at[..., first:last].add(part.k_BGKJ),
+            v_BGVJ=total.v_BGVJ.at[..., first:last].add(part.v_BGVJ),
             slopes_GR=_add_slopes(total.slopes_GR, part.slopes_GR),
         )
-    return total._replace(q_BGRCK=jnp.concatenate(d_q, axis=3))
+    return total._replace(q_BGRCK=jnp.concatenate(d_q, axis=3)).upright()
 
 
 def _is_unrolled(whole: Tile) -> bool:
@@ -83,11 +84,12 @@ def _cut(whole: Tile, row: tuple[int, int], keys: tuple[int, int]) -> Tile:
     )
 
 
-def _zero_gradients(whole: Tile) -> TileGradients:
+def _zero_gradients(whole: Tile) -> TransposedGradients:
     dtype = accumulation_dtype(whole.q_BGRCK)
     slopes_GR = None if whole.slopes_GR is None else jnp.zeros(whole.slopes_GR.shape, dtype)
-    q, k, v = (jnp.zeros(x.shape, dtype) for x in (whole.q_BGRCK, whole.k_BGJK, whole.v_BGJV))
-    return TileGradients(q, k, v, slopes_GR)
+    by_column = (jnp.swapaxes(x, -1, -2) for x in (whole.k_BGJK, whole.v_BGJV))
+    q, k, v = (jnp.zeros(x.shape, dtype) for x in (whole.q_BGRCK, *by_column))
+    return TransposedGradients(q, k, v, slopes_GR)
 
 
 def _add_slopes(total_GR: jax.Array | None, part_GR: jax.Array | None) -> jax.Array | None:
@@ -127,9 +129,9 @@ def _loop_backward(rule, whole, lse_BGRT1, dot_BGRT1, d_o_BGRTV) -> TileGradient
         def one_block(position, carry):
             d_q, d_k, d_v, d_slopes = carry
             tile = _slice_tile(whole, index, row, position, block)
-            part = tile_backward(rule, tile, *row_cotangent)
-            d_k = _add_slice(d_k, part.k_BGJK, position * block)
-            d_v = _add_slice(d_v, part.v_BGJV, position * block)
+            part = tile_transposed(rule, tile, *row_cotangent)
+            d_k = _add_slice(d_k, part.k_BGKJ, position * block)
+            d_v = _add_slice(d_v, part.v_BGVJ, position * block)
             d_slopes = _add_slopes(d_slopes, part.slopes_GR)
             return d_q + part.q_BGRCK, d_k, d_v, d_slopes
 
@@ -138,11 +140,10 @@ def _loop_backward(rule, whole, lse_BGRT1, dot_BGRT1, d_o_BGRTV) -> TileGradient
         return tuple(total), d_q
 
     rows = jnp.arange(whole.q_BGRCK.shape[3] // row)
-    start = (zeros.k_BGJK, zeros.v_BGJV, zeros.slopes_GR)
+    start = (zeros.k_BGKJ, zeros.v_BGVJ, zeros.slopes_GR)
     (d_k, d_v, d_slopes), d_q = lax.scan(one_row, start, rows)
-    return TileGradients(
-        _join_rows(d_q)[:, :, :, :tokens], d_k[:, :, :keys], d_v[:, :, :keys], d_slopes
-    )
+    d_q = _join_rows(d_q)[:, :, :, :tokens]
+    return TransposedGradients(d_q, d_k[..., :keys], d_v[..., :keys], d_slopes).upright()
 
 
 def _blocks(rule: Rule, whole: Tile, index: jax.Array, row: int, block: int):
@@ -204,8 +205,8 @@ def _slice(x: jax.Array, start: jax.Array, size: int, *, axis: int) -> jax.Array
 
 
 def _add_slice(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-    held = lax.dynamic_slice_in_dim(total, start, part.shape[2], 2)
-    return lax.dynamic_update_slice_in_dim(total, held + part, start, 2)
+    held = lax.dynamic_slice_in_dim(total, start, part.shape[-1], -1)
+    return lax.dynamic_update_slice_in_dim(total, held + part, start, -1)
 
 
 def _join_rows(x_NBGRCV: jax.Array) -> jax.Array:

@@ -39,6 +39,23 @@ class TileGradients(NamedTuple):
     slopes_GR: jax.Array | None
 
 
+class TransposedGradients(NamedTuple):
+    """The same, with those of keys and values as their products give them: transposed.
+
+    So it is the small operand of a product that is read by columns, not the weights.
+    """
+
+    q_BGRCK: jax.Array
+    k_BGKJ: jax.Array
+    v_BGVJ: jax.Array
+    slopes_GR: jax.Array | None
+
+    def upright(self) -> TileGradients:
+        """Keys and values as they came."""
+        k_BGJK, v_BGJV = (jnp.swapaxes(x, -1, -2) for x in (self.k_BGKJ, self.v_BGVJ))
+        return TileGradients(self.q_BGRCK, k_BGJK, v_BGJV, self.slopes_GR)
+
+
 def tile_forward(rule: Rule, tile: Tile) -> tuple[jax.Array, jax.Array]:
     """Output `[B, G, R, C, V]` and log-sum-exp `[B, G, R, C, 1]` over the keys of the tile."""
     scores_BGSJ = _scores(rule, tile)
@@ -55,10 +72,17 @@ def tile_backward(
     rule: Rule, tile: Tile, lse_BGRC1: jax.Array, dot_BGRC1: jax.Array, d_o_BGRCV: jax.Array
 ) -> TileGradients:
     """Gradients, from the log-sum-exp over all keys and the products of outputs and cotangents."""
+    return tile_transposed(rule, tile, lse_BGRC1, dot_BGRC1, d_o_BGRCV).upright()
+
+
+def tile_transposed(
+    rule: Rule, tile: Tile, lse_BGRC1: jax.Array, dot_BGRC1: jax.Array, d_o_BGRCV: jax.Array
+) -> TransposedGradients:
+    """`tile_backward`, for sums over tiles that are set upright once."""
     dtype = tile.q_BGRCK.dtype
     lse_BGS1, dot_BGS1, d_o_BGSV = _fold(lse_BGRC1), _fold(dot_BGRC1), _fold(d_o_BGRCV)
     weights_BGSJ = jnp.exp(_scores(rule, tile) - lse_BGS1)
-    d_v_BGJV = columns_dot_columns(weights_BGSJ.astype(dtype), d_o_BGSV)
+    d_v_BGVJ = columns_dot_columns(d_o_BGSV, weights_BGSJ.astype(dtype))
     d_scores_BGSJ = weights_BGSJ * (rows_dot_rows(d_o_BGSV, tile.v_BGJV) - dot_BGS1)
     d_slopes_GR = None
     if tile.slopes_GR is not None:
@@ -66,8 +90,8 @@ def tile_backward(
         d_slopes_GR = -jnp.sum(_unfold(d_scores_BGSJ, tile) * away_B11CJ, axis=(0, 3, 4))
     d_scores_BGSJ = (d_scores_BGSJ * rule.scale).astype(dtype)
     d_q_BGRCK = _unfold(dot(d_scores_BGSJ, tile.k_BGJK), tile)
-    d_k_BGJK = columns_dot_columns(d_scores_BGSJ, _fold(tile.q_BGRCK))
-    return TileGradients(d_q_BGRCK, d_k_BGJK, d_v_BGJV, d_slopes_GR)
+    d_k_BGKJ = columns_dot_columns(_fold(tile.q_BGRCK), d_scores_BGSJ)
+    return TransposedGradients(d_q_BGRCK, d_k_BGKJ, d_v_BGVJ, d_slopes_GR)
 
 
 def merge(

@@ -16,6 +16,7 @@ from oracles.mixers.linear_transformer import linear_transformer
 from oracles.mixers.lstm import lstm
 from oracles.mixers.mamba import mamba
 from oracles.mixers.mamba2 import mamba2
+from oracles.mixers.miras import miras
 from oracles.mixers.mlstm import mlstm
 from oracles.mixers.mom import mom
 from oracles.mixers.retnet import retnet
@@ -46,4 +47,8 @@ ORACLES = {
     "titans_mac": titans_mac,
     "titans_mag": titans_mag,
     "titans_mal": titans_mal,
+    "miras": miras,
+    "moneta": miras,
+    "yaad": miras,
+    "memora": miras,
 }
