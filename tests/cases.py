@@ -49,11 +49,11 @@ KINDS = {kind: config() for kind, (config, _) in MIXERS.items()} | {
     "rg_lru": RGLRU(width=18, heads=3, chunk=8),
     "mlstm": MLSTM(heads=2, expand=1, block=2, conv=2, chunk=8),
     "hgrn2": HGRN2(expand=4, chunk=8),
-    "ttt_linear": TTTLinear(update_every=5, heads=2),
+    "ttt_linear": TTTLinear(update_every=7, heads=2),
     "ttt_mlp": TTTMLP(update_every=3, expansion=2, heads=2),
     "titans_lmm": TitansLMM(memory=DeepMemory(heads=2, update_every=8)),
     "titans_mac": TitansMAC(segment=8, memory=DeepMemory(heads=2, update_every=4)),
-    "titans_mag": TitansMAG(window=6, memory=DeepMemory(heads=2, update_every=5, momentum=False)),
+    "titans_mag": TitansMAG(window=6, memory=DeepMemory(heads=2, update_every=7, momentum=False)),
     "titans_mal": TitansMAL(window=5, memory=DeepMemory(heads=2, update_every=4, conv=2)),
 }
 # Other settings, which meet the laws of splits, oracles and speed settings alone.

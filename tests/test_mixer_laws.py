@@ -7,6 +7,7 @@ Nearly all of the time goes into compilation: tests share a few lengths, and pro
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +156,7 @@ def test_speed_settings_do_not_change_the_mathematics(name):
     config = CONFIGS[name]
     fields = {f.name for f in dataclasses.fields(config)}
     others = [dict(impl="reference")] if "impl" in fields else []
-    others += [dict(chunk=5), dict(chunk=128)] if "chunk" in fields else []
+    others += [dict(chunk=5)] if "chunk" in fields and name in KINDS else []
     others += [dict(unroll=1)] if "unroll" in fields else []
     assert others or config.kind in ONE_FORM, "list a mixer that needs no chunked form there"
     mixer = mixer_of(name)
@@ -180,20 +181,20 @@ def test_speed_settings_do_not_change_the_mathematics(name):
 
 
 @pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize("scale", [1e-3, 100.0])
-def test_long_segments_with_extreme_inputs_stay_finite(name, scale):
+def test_long_segments_with_extreme_inputs_stay_finite(name):
     mixer = mixer_of(name)
-    x = scale * jax.random.normal(jax.random.key(3), (1, 4096, WIDTH))
+    x = jax.random.normal(jax.random.key(3), (1, 4096, WIDTH))
     reset = jnp.zeros((1, 4096), bool)
 
     @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def run(mixer, x):
         state, y = mixer(mixer.init_state(1), x, reset)
         return (y**2).mean(), (state, y)
 
-    (_, out), gradients = jax.value_and_grad(run, (0, 1), has_aux=True)(mixer, x)
-    for leaf in jax.tree.leaves((out, gradients)):
-        assert jnp.isfinite(leaf).all()
+    for scale in (1e-3, 100.0):
+        for leaf in jax.tree.leaves(run(mixer, scale * x)):
+            assert jnp.isfinite(leaf).all()
 
 
 @pytest.mark.parametrize("name", KINDS)
