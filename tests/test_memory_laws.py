@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import WIDTH, moved
+from cases import WIDTH, apply, moved
 from flax import nnx
 
 from memjax.architecture import Model
@@ -44,11 +44,6 @@ def tokens(length=LENGTH, seed=0, resets=RESETS):
     for lane, token in resets:
         reset_BT[lane, token] = True
     return tokens_BT, jnp.asarray(reset_BT)
-
-
-@jax.jit
-def apply(lm, state, tokens_BT, reset_BT):
-    return lm(state, tokens_BT, reset_BT)
 
 
 def assert_close(got, want, tolerance=3e-5):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import model_of
+from cases import apply, model_of
 from flax import nnx
 
 from memjax.config import ConfigError
@@ -21,11 +21,6 @@ def tokens(length=LENGTH, batch=3, seed=0):
     tokens_BT = jax.random.randint(jax.random.key(seed), (batch, length), 0, 31)
     reset_BT = jnp.zeros((batch, length), bool).at[0, 4].set(True).at[2, 0].set(True)
     return tokens_BT, reset_BT
-
-
-@jax.jit
-def apply(lm, state, tokens_BT, reset_BT):
-    return lm(state, tokens_BT, reset_BT)
 
 
 def assert_close(got, want, tolerance=2e-5):
