@@ -11,8 +11,9 @@ DEVICES = 8
 
 def run_on_virtual_devices(name: str) -> None:
     """Run the tests of `tests/on_devices/<name>.py`; their report is this test's."""
+    flags = os.environ["XLA_FLAGS"]  # quick compilation, from conftest.py
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={DEVICES}",
         # Threads: a simulated device that waits for another holds one.
         "NPROC": "32",
     }
