@@ -46,10 +46,9 @@ def test_deltanet_is_gated_deltanet_that_never_forgets():
     config = GatedDeltaNet(heads=HEADS, key_size=size, value_size=size)
     twin = GatedDeltaNetMixer(config, WIDTH, rngs=nnx.Rngs(1))
     for name in ("query", "key", "value"):
-        stream = getattr(mixer, name)
-        getattr(twin, name).weight[...] = 20 * stream.project.weight[...]
+        stream, other = getattr(mixer, name), getattr(twin, name)
         stream.project.weight[...] = 20 * stream.project.weight[...]
-        getattr(twin, f"{name}_conv").weight[...] = stream.conv.weight[...]
+        nnx.update(other, nnx.state(stream))
     twin.beta.weight[...] = mixer.beta.weight[...]
     twin.log_rate[...] = jnp.full((HEADS,), -100.0)
     x, reset = inputs()

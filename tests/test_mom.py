@@ -90,9 +90,9 @@ def test_one_memory_chosen_always_is_its_inner_recurrence(inner, memory):
     for name in ("key", "value"):
         weight[name], conv[name] = weight[name][rows], conv[name][:, rows]
     beta = {"weight": params["gates"]["beta"]["weight"][scalar_rows]}
+    own = {n: {"project": {"weight": weight[n]}, "conv": {"weight": conv[n]}} for n in weight}
     if inner == "delta":
         twin = DeltaNetMixer(DeltaNet(heads=HEADS), WIDTH, rngs=nnx.Rngs(1))
-        own = {n: {"project": {"weight": weight[n]}, "conv": {"weight": conv[n]}} for n in weight}
         readout = {name: params["readout"][name] for name in ("norm", "out")}
         own |= {"beta": beta, "readout": readout}
         mixer.readout.gate.weight[...] = jnp.zeros((WIDTH, WIDTH)).at[:, 0].set(10.0)
@@ -100,11 +100,9 @@ def test_one_memory_chosen_always_is_its_inner_recurrence(inner, memory):
     else:
         config = GatedDeltaNet(heads=HEADS, key_size=WIDTH // HEADS, value_size=WIDTH // HEADS)
         twin = GatedDeltaNetMixer(config, WIDTH, rngs=nnx.Rngs(1))
-        own = {name: {"weight": weight[name]} for name in weight}
-        own |= {f"{name}_conv": {"weight": conv[name]} for name in conv}
         decay = {"weight": params["gates"]["decay"]["weight"][scalar_rows]}
         own |= {name: params["gates"][name] for name in ("log_rate", "step_bias")}
-        own |= {"beta": beta, "decay": decay, **params["readout"]}
+        own |= {"beta": beta, "decay": decay, "readout": params["readout"]}
         factor = 1.0
     nnx.update(twin, nnx.State(own))
     want_state, want = twin(twin.init_state(2), x, reset)

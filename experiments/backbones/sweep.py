@@ -1,18 +1,35 @@
-"""Every backbone's smallest config on the same bytes, 300 steps each.
+"""The smallest config of every backbone and hybrid, on the same bytes, 300 steps each.
 
 Command:   memjax sweep --sweep=experiments/backbones/sweep.py
 Hardware:  2 CPU cores
+Duration:  about 25 core-minutes
 """
 
 from memjax.mixers import MIXERS
-from memjax.sweeps import Sweep, axis, product
+from memjax.sweeps import Point, Sweep, axis, chain, product
+
+HYBRIDS = (
+    "griffin",
+    "samba",
+    "jamba",
+    "mamba2_attention",
+    "gated_deltanet_h1",
+    "gated_deltanet_h2",
+)
+SETTINGS = {
+    "data.stream": "documents",
+    "data.sequence": 256,
+    "data.batch": 8,
+    "train.carry": True,
+    "train.steps": 300,
+    "eval.every": 300,
+}
 
 
 def get_sweep() -> Sweep:
-    files = {kind: f"configs/{kind}_tiny.py" for kind in MIXERS}
-    settings = product(
-        axis("config", files, name="backbone"),
-        axis("train.steps", 300),
-        axis("eval.every", 300),
+    files = {name: f"configs/{name}_tiny.py" for name in (*MIXERS, *HYBRIDS)}
+    window = {"model.mixers.attention.window": 64}
+    points = chain(
+        axis("config", files, name="backbone"), (Point(window, {"backbone": "attention_window"}),)
     )
-    return Sweep(base="configs/attention_tiny.py", points=settings)
+    return Sweep(base="configs/attention_tiny.py", points=product(points, (Point(SETTINGS),)))

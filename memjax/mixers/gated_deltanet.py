@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, RMSNorm, ShortConv, l2_normalise
+from memjax.layers import Linear, l2_normalise
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -18,6 +18,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
+from memjax.mixers.streams import Readout, Stream, split_heads
 from pallas_kernels import delta_rule
 
 KEY_RATIO = 0.75
@@ -80,13 +81,9 @@ class GatedDeltaNetMixer(SequenceMixer):
         self.key_size = config.key_size or int(KEY_RATIO * d_model / heads)
         self.value_size = config.value_size or VALUES_PER_KEY * self.key_size
         keys, values = heads * self.key_size, heads * self.value_size
-        self.query = Linear(d_model, keys, rngs=rngs, axes=("heads", "embed"))
-        self.key = Linear(d_model, keys, rngs=rngs, axes=("heads", "embed"))
-        self.value = Linear(d_model, values, rngs=rngs, axes=("heads", "embed"))
-        self.query_conv, self.key_conv, self.value_conv = (
-            ShortConv(size, config.conv, rngs=rngs) if config.conv else None
-            for size in (keys, keys, values)
-        )
+        self.query = Stream(d_model, keys, config.conv, rngs=rngs)
+        self.key = Stream(d_model, keys, config.conv, rngs=rngs)
+        self.value = Stream(d_model, values, config.conv, rngs=rngs)
         self.beta = Linear(d_model, heads, rngs=rngs, axes=("head", "embed"))
         self.decay = Linear(d_model, heads, rngs=rngs, axes=("head", "embed"))
         rate_H = jax.random.uniform(rngs.params(), (heads,), jnp.float32, 1e-2, 16.0)
@@ -94,16 +91,12 @@ class GatedDeltaNetMixer(SequenceMixer):
         low, high = math.log(1e-3), math.log(1e-1)
         step_H = jnp.exp(jax.random.uniform(rngs.params(), (heads,), jnp.float32, low, high))
         self.step_bias = nnx.Param(step_H + jnp.log(-jnp.expm1(-step_H)), axes=("head",))
-        self.gate = Linear(d_model, values, rngs=rngs, axes=("heads", "embed"))
-        self.norm = RMSNorm(self.value_size, axes=("value",))
-        self.out = Linear(values, d_model, rngs=rngs, axes=("embed", "heads"))
+        self.readout = Readout(d_model, heads, self.value_size, gated=True, rngs=rngs)
 
     def init_state(self, batch: int) -> GatedDeltaNetState:
-        heads, reach = self.config.heads, (self.config.conv or 1) - 1
-        memory = jnp.zeros((batch, heads, self.key_size, self.value_size), jnp.float32)
-        sizes = (self.key_size, self.key_size, self.value_size)
-        tails = (jnp.zeros((batch, reach, heads * size), jnp.float32) for size in sizes)
-        return GatedDeltaNetState(memory, *tails)
+        shape = (batch, self.config.heads, self.key_size, self.value_size)
+        tails = (stream.init_tail(batch) for stream in (self.query, self.key, self.value))
+        return GatedDeltaNetState(jnp.zeros(shape, jnp.float32), *tails)
 
     def gates(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """beta and log decay, [B, T, H] in float32."""
@@ -118,24 +111,15 @@ class GatedDeltaNetMixer(SequenceMixer):
         x_BTD: Float[Array, "B T D"],
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[GatedDeltaNetState, Float[Array, "B T D"]]:
-        def heads(x: jax.Array) -> jax.Array:
-            return x.reshape(*x.shape[:2], self.config.heads, -1)
-
-        projections = (self.query, self.key, self.value)
-        convolutions = (self.query_conv, self.key_conv, self.value_conv)
-        tails, streams = [], []
-        for project, conv, tail in zip(projections, convolutions, state[1:]):
-            stream = project(x_BTD)
-            if conv is not None:
-                tail, stream = conv(tail, stream, reset_BT)
-            tails.append(tail)
-            streams.append(heads(jax.nn.silu(stream)))
-        q_BTHK, k_BTHK, v_BTHV = streams
+        heads = self.config.heads
+        query_tail_BMF, q_BTF = self.query(state.query_tail_BMF, x_BTD, reset_BT)
+        key_tail_BMF, k_BTF = self.key(state.key_tail_BMF, x_BTD, reset_BT)
+        value_tail_BMF, v_BTF = self.value(state.value_tail_BMF, x_BTD, reset_BT)
         beta_BTH, log_decay_BTH = self.gates(x_BTD)
         o_BTHV, memory_BHKV = delta_rule(
-            l2_normalise(q_BTHK),
-            l2_normalise(k_BTHK),
-            v_BTHV,
+            l2_normalise(split_heads(q_BTF, heads)),
+            l2_normalise(split_heads(k_BTF, heads)),
+            split_heads(v_BTF, heads),
             beta_BTH,
             log_decay_BTH,
             state.memory_BHKV,
@@ -143,9 +127,8 @@ class GatedDeltaNetMixer(SequenceMixer):
             chunk=self.config.chunk,
             impl=self.config.impl,
         )
-        gated_BTHV = self.norm(o_BTHV) * jax.nn.silu(heads(self.gate(x_BTD)))
-        y_BTD = self.out(gated_BTHV.reshape(*x_BTD.shape[:2], -1).astype(x_BTD.dtype))
-        return GatedDeltaNetState(memory_BHKV, *tails), y_BTD
+        state = GatedDeltaNetState(memory_BHKV, query_tail_BMF, key_tail_BMF, value_tail_BMF)
+        return state, self.readout(o_BTHV, x_BTD)
 
     def memory_report(
         self, segment: int = 1024, state: GatedDeltaNetState | None = None

@@ -1,0 +1,29 @@
+"""Gated DeltaNet H1 at its smallest: every second layer a sliding window.
+
+Command:   memjax train --config=configs/gated_deltanet_h1_tiny.py
+Hardware:  2 CPU cores
+Source:    arXiv:2412.06464, where the window is 2,048
+"""
+
+from memjax.data import Data
+from memjax.experiment import Experiment
+from memjax.mixers import Attention, GatedDeltaNet
+from memjax.model import Model
+from memjax.training.config import Optimizer, Train
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=Model(
+            d_model=64,
+            pattern=("gated_deltanet", "attention"),
+            repeat=1,
+            mixers={
+                "gated_deltanet": GatedDeltaNet(heads=2),
+                "attention": Attention(heads=2, window=64),
+            },
+        ),
+        data=Data(stream="documents", sequence=256, batch=8),
+        optimizer=Optimizer(learning_rate=3e-3, warmup=20),
+        train=Train(steps=200, carry=True),
+    )
