@@ -24,6 +24,6 @@ def get_config() -> Experiment:
             remat="dots",
         ),
         data=Data(source="text", tokenizer="bpe", vocab_size=32000, sequence=2048, batch=1024),
-        optimizer=Optimizer(learning_rate=3e-4, warmup=1000, weight_decay=0.01),
+        optimizer=Optimizer(learning_rate=3e-4, warmup=480, weight_decay=0.01),
         train=Train(steps=48_000),
     )

@@ -25,6 +25,6 @@ def get_config() -> Experiment:
             remat="dots",
         ),
         data=Data(source="text", tokenizer="bpe", vocab_size=32000, sequence=2048, batch=256),
-        optimizer=Optimizer(learning_rate=1e-3, warmup=5000),
+        optimizer=Optimizer(learning_rate=1e-3, warmup=5000, final=1e-5 / 1e-3),
         train=Train(steps=50_000),
     )

@@ -25,6 +25,6 @@ def get_config() -> Experiment:
             remat="dots",
         ),
         data=Data(source="text", tokenizer="bpe", vocab_size=32000, sequence=2048, batch=256),
-        optimizer=Optimizer(learning_rate=3e-3, warmup=480),
+        optimizer=Optimizer(learning_rate=3e-3, warmup=480, final=1e-5 / 3e-3),
         train=Train(steps=4_800),
     )

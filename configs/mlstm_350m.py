@@ -3,7 +3,8 @@
 Command:   memjax train --config=configs/mlstm_350m.py --config.data.path=TEXT_FOLDER
 Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
 Size:      371.8 million parameters, 306.3 million of them outside the embedding
-Source:    arXiv:2405.04517, Sec. 4.2 (409M with its vocabulary of 50,257)
+Source:    arXiv:2405.04517, Sec. 4.2 (409M with its vocabulary of 50,257);
+           learning rate and warm-up are ours
 """
 
 from memjax.data import Data

@@ -3,7 +3,8 @@
 Command:   memjax train --config=configs/mom_1_3b.py --config.data.path=TEXT_FOLDER
 Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
 Size:      1.53 billion parameters, 1.46 billion of them outside the embedding
-Source:    arXiv:2502.13685: 4 heads of 256, 4 memories of which 2 are chosen, one shared
+Source:    arXiv:2502.13685: 4 heads of 256, 4 memories of which 2 are chosen, one shared; the
+           ratio of the MLP is ours
 """
 
 from memjax.data import Data
@@ -24,6 +25,6 @@ def get_config() -> Experiment:
             remat="dots",
         ),
         data=Data(source="text", tokenizer="bpe", vocab_size=32000, sequence=2048, batch=1024),
-        optimizer=Optimizer(learning_rate=3e-4, warmup=1000, weight_decay=0.01),
+        optimizer=Optimizer(learning_rate=3e-4, warmup=480, weight_decay=0.01),
         train=Train(steps=48_000),
     )

@@ -3,7 +3,7 @@
 Command:   memjax train --config=configs/samba_1_3b.py --config.data.path=TEXT_FOLDER
 Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
 Size:      1.33 billion parameters, 1.26 billion of them outside the embedding
-Source:    arXiv:2406.07522; the warm-up is ours
+Source:    arXiv:2406.07522; training of its released code, 100 billion tokens
 """
 
 from memjax.data import Data
@@ -24,6 +24,6 @@ def get_config() -> Experiment:
             remat="dots",
         ),
         data=Data(source="text", tokenizer="bpe", vocab_size=32000, sequence=4096, batch=512),
-        optimizer=Optimizer(learning_rate=4e-4, warmup=100),
-        train=Train(steps=10_000),
+        optimizer=Optimizer(learning_rate=4e-4, warmup=480),
+        train=Train(steps=48_000),
     )

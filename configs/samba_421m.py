@@ -3,7 +3,7 @@
 Command:   memjax train --config=configs/samba_421m.py --config.data.path=TEXT_FOLDER
 Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
 Size:      421.8 million parameters, 372.6 million of them outside the embedding
-Source:    arXiv:2406.07522; the warm-up is ours
+Source:    arXiv:2406.07522; training of its released code, 20 billion tokens
 """
 
 from memjax.data import Data

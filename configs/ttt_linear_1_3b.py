@@ -3,7 +3,8 @@
 Command:   memjax train --config=configs/ttt_linear_1_3b.py --config.data.path=TEXT_FOLDER
 Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
 Size:      1.28 billion parameters, 1.21 billion of them outside the embedding
-Source:    arXiv:2407.04620, Sec. 4 and Appendix C: heads of 64
+Source:    arXiv:2407.04620, Sec. 4 and Appendix C: heads of 64; the released code puts one more
+           short convolution before each layer
 """
 
 from memjax.data import Data
@@ -24,6 +25,6 @@ def get_config() -> Experiment:
             remat="dots",
         ),
         data=Data(source="text", tokenizer="bpe", vocab_size=32000, sequence=2048, batch=256),
-        optimizer=Optimizer(learning_rate=1e-3, warmup=5000),
+        optimizer=Optimizer(learning_rate=1e-3, warmup=5000, final=1e-5 / 1e-3),
         train=Train(steps=50_000),
     )
