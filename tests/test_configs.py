@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 
 from memjax.config import build, parse, to_json
+from memjax.data.config import DEFAULT_BPE_SIZE
 from memjax.describe import describe
 from memjax.experiment import Experiment
 from memjax.mixers import MIXERS
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+SIZE = r"Size: +([\d.]+) (\w+) parameters, ([\d.]+) (\w+) of them outside the embedding"
+UNITS = {"thousand": (1e3, 0), "million": (1e6, 1), "billion": (1e9, 2)}
+VOCABULARIES = {"bytes": 257, "bpe": DEFAULT_BPE_SIZE, "words": 1000}  # where data has to say
 
 
 def header(path):
-    return ast.get_docstring(ast.parse(path.read_text()))
+    return ast.get_docstring(ast.parse(Path(path).read_text()))
 
 
 def variants(path):
@@ -31,7 +35,13 @@ def test_config_builds_and_survives_json(spec):
     experiment, rest = parse(Experiment, [f"--config={spec}"])
     assert not rest
     assert build(Experiment, json.loads(to_json(experiment))) == experiment
-    assert describe(experiment, 257)["params"] > 0
+    data = experiment.data
+    cost = describe(experiment, data.vocab_size or VOCABULARIES[data.tokenizer])
+    assert cost["params"] > 0
+    size = re.search(SIZE, header(spec.partition(":")[0]))
+    for name, at in (("params", 1), ("non_embedding_params", 3)) if size else ():
+        scale, places = UNITS[size[at + 1]]
+        assert f"{cost[name] / scale:.{places}f}" == size[at]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
