@@ -162,27 +162,30 @@ def _sweep(result: Row) -> list[Part]:
 
 
 def _planned(result: Row) -> list[Part]:
+    points = result["points"]
+    same = len({row["tokens"] for row in points}) == 1
     table = []
-    for row in result["points"]:
-        cells = {
-            "point": row["point"],
-            "state": row["state"],
-            "params": short(row["params"]),
-            "memory": size(row["state_bytes"]),
-            "FLOPs/token": short(row["flops_per_token"]),
-            "tokens": short(row["tokens"]),
-            "FLOPs": short(row["flops"]),
-        }
+    for row in points:
+        cells = {"point": row["point"]}
+        if any(other["state"] != "waiting" for other in points):
+            cells["state"] = row["state"]
+        cells |= {"params": short(row["params"]), "memory": size(row["state_bytes"])}
+        cells["FLOPs/token"] = short(row["flops_per_token"])
+        if not same:
+            cells["tokens"] = short(row["tokens"])
+        cells["FLOPs"] = short(row["flops"])
         if result["flops_per_s"] is not None:
             cells["time"] = hours(row["hours"])
-        if any(other["matched"] for other in result["points"]):
-            cells["matched"] = changed(row["matched"])
         table.append(cells)
-    total = f"{len(result['points'])} points, {short(result['flops'])}FLOPs"
+    total = f"{len(points)} points, {short(result['flops'])}FLOPs"
+    if same:
+        total += f", {short(points[0]['tokens'])} tokens each"
     if result["flops_per_s"] is not None:
         speed = f"{short(result['flops_per_s'])}FLOP/s ({result['basis']})"
         total += f", {hours(result['hours'])} one after another at {speed}"
-    return [total, rows("", table)]
+    matched = {row["point"]: changed(row["matched"]) for row in points if row["matched"]}
+    lines = [f"  {point}: {change}" for point, change in matched.items()]
+    return [total, rows("", table), *(["matched:", *lines] if lines else [])]
 
 
 def _match(result: Row) -> list[Table]:

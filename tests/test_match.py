@@ -1,11 +1,13 @@
 """Matching before launch: what is solved for agrees, and is what `describe` counts."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from memjax.cli import main
-from memjax.config import ConfigError, build, to_dict
+from memjax.config import ConfigError, build, load_file, to_dict
 from memjax.data import Data
 from memjax.describe import describe
 from memjax.experiment import Experiment
@@ -13,6 +15,7 @@ from memjax.match import Match, match, quantity
 from memjax.mixers import Attention, GatedDeltaNet, LinearAttention
 from memjax.model import Model
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 VOCABULARY = 257
 KEYS = {
     "params": "params",
@@ -50,6 +53,43 @@ def test_matched_configs_agree_within_one_per_cent(config, to, by):
     told = describe(found.experiment, VOCABULARY)[KEYS[by]]
     assert told == found.value and abs(told - target) <= 0.01 * target
     assert found.before == describe(config, VOCABULARY)[KEYS[by]]
+
+
+def tiny(kind):
+    found = build(Experiment, load_file(str(CONFIGS / f"{kind}_tiny.py")))
+    return dataclasses.replace(found, data=dataclasses.replace(found.data, sequence=64))
+
+
+PAIRS = {
+    "params": {"attention": "based", "lstm": "mamba", "hgrn2": "miras", "mamba2": "titans_lmm"},
+    "state": {"gated_deltanet": "mom", "mamba": "titans_lmm", "rg_lru": "mamba2", "retnet": "gla"},
+    "flops": {"gla": "rg_lru", "mlstm": "titans_mal", "base_conv": "attention", "ttt_mlp": "gla"},
+}
+
+
+@pytest.mark.parametrize(
+    ("by", "kind", "other"), [(by, *pair) for by, pairs in PAIRS.items() for pair in pairs.items()]
+)
+def test_pairs_of_kinds_are_matched_within_one_per_cent(by, kind, other):
+    target = describe(tiny(other), VOCABULARY)[KEYS[by]]
+    found = match(tiny(kind), VOCABULARY, target, Match(by=by))
+    told = describe(found.experiment, VOCABULARY)[KEYS[by]]
+    assert told == found.value and abs(told - target) <= 0.01 * target
+
+
+def test_steps_too_coarse_for_one_field_are_met_by_two_and_both_are_told():
+    config = experiment(Attention(heads=2, window=4), d_model=64)  # a slot more is a third more
+    target = quantity(experiment(Attention(heads=2, window=5, head_size=34)), VOCABULARY, "state")
+    found = match(config, VOCABULARY, target, Match(by="state"))
+    assert set(found.changed) == {
+        "model.mixers.attention.window",
+        "model.mixers.attention.head_size",
+    }
+    assert abs(quantity(found.experiment, VOCABULARY, "state") - target) <= 0.01 * target
+    with pytest.raises(ConfigError, match="the closest is"):
+        match(
+            config, VOCABULARY, target, Match(by="state", change=("model.mixers.attention.window",))
+        )
 
 
 def test_only_what_was_said_to_change_has_changed():
