@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, ShortConv, dot_transposed
+from memjax.layers import Linear, ShortConv, dot_transposed, normal
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -65,9 +65,8 @@ class Blocks(nnx.Module):
     y[h, f, j] = sum_e weight[h, f, e, j] x[h, e, j], channel (e, j) of head h being e K / block + j
     """
 
-    def __init__(self, heads: int, size: int, block: int, *, rngs: nnx.Rngs):
-        shape, std = (heads, block, block, size // block), math.sqrt(2 / (5 * block))
-        weight = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    def __init__(self, heads: int, size: int, block: int, *, std: float, rngs: nnx.Rngs):
+        weight = normal(rngs, (heads, block, block, size // block), std)
         self.weight = nnx.Param(weight, axes=("head", "rank", "rank", "value"))
 
     def __call__(self, x_BTHK: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
@@ -114,8 +113,10 @@ class MLSTMMixer(SequenceMixer):
 
     State: C, n and their level (`pallas_kernels.mlstm`), float32, and the tail of the convolution.
     Source: arXiv:2405.04517, Sec. 2.3 and App. A (Fig. 11), which scales k where this scales q.
+    W_up and the block-diagonal maps start from N(0, sqrt(2 / (5 d_model))), as in released code.
     Differs from paper: the channels of a block lie K / block apart in the head instead of side by
-    side, which is a reordering of the rows of W_up; the level is at least 0.
+    side, which is a reordering of the rows of W_up; the level is at least 0; W_down starts from
+    N(0, 0.02) at any depth (the released code: 2 / layers / sqrt(d_model)).
     """
 
     def __init__(self, config: MLSTM, d_model: int, *, rngs: nnx.Rngs):
@@ -127,7 +128,7 @@ class MLSTMMixer(SequenceMixer):
         self.up = Linear(d_model, 2 * inner, rngs=rngs, axes=("heads", "embed"), std=std)
         self.conv = ShortConv(inner, config.conv, rngs=rngs, bias=True)
         self.query, self.key, self.value = (
-            Blocks(heads, self.size, config.block, rngs=rngs) for _ in range(3)
+            Blocks(heads, self.size, config.block, std=std, rngs=rngs) for _ in range(3)
         )
         gates = jnp.zeros((2 * heads, 3 * inner), jnp.float32)
         self.gate_weight = nnx.Param(gates, axes=("head", "heads"))
