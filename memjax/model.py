@@ -6,6 +6,7 @@ has the signature of a mixer, so the same laws hold for whole models. Lanes are 
 leaf of its state (`LANE_AXIS`); `memjax.stack` holds the layers.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.architecture import Model
+from memjax.cross_entropy import Score, count_pieces, cross_entropy
 from memjax.layers import RMSNorm, dot_transposed, normal
 from memjax.memory import make_segment_module
 from memjax.memory.base import SegmentMemory
@@ -92,13 +94,42 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T Y"]:
         """Float32 logits."""
-        table = self.embedding if self.output is None else self.output
-        logits_BTY = dot_transposed(hidden_BTD, table[...], jnp.dtype(jnp.float32))
-        cap = self.logit_cap
-        return logits_BTY if cap is None else cap * jnp.tanh(logits_BTY / cap)
+        return _logits(self.logit_cap, hidden_BTD, self._table())
+
+    def score(
+        self,
+        hidden_BTD: Float[Array, "B T D"],
+        targets_BT: Int[Array, "B T"],
+        weight_BT: Float[Array, "B T"],
+        *,
+        z_loss: float = 0.0,
+        devices: int = 1,
+    ) -> Score:
+        """Weighted sums of nll and log(Z)^2, never with all logits of a large vocabulary.
+
+        devices: those over which the logits are split.
+        """
+        table_YD = self._table()
+        return cross_entropy(
+            functools.partial(_logits, self.logit_cap),
+            hidden_BTD,
+            table_YD,
+            targets_BT,
+            weight_BT,
+            z_loss=z_loss,
+            pieces=count_pieces(*targets_BT.shape, table_YD.shape[0], devices),
+        )
+
+    def _table(self) -> jax.Array:
+        return (self.embedding if self.output is None else self.output)[...]
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         return self.embedding[...][tokens_BT].astype(self.dtype)
+
+
+def _logits(cap: float | None, hidden_BTD: jax.Array, table_YD: jax.Array) -> jax.Array:
+    logits_BTY = dot_transposed(hidden_BTD, table_YD, jnp.dtype(jnp.float32))
+    return logits_BTY if cap is None else cap * jnp.tanh(logits_BTY / cap)
 
 
 def split(lm: LanguageModel) -> tuple[nnx.GraphDef, dict]:

@@ -13,7 +13,7 @@ LAYERS = [
     {"mixers", "memory", "data"},
     {"architecture"},
     {"stack"},
-    {"segments"},
+    {"segments", "cross_entropy"},
     {"model"},
     {"training", "evals"},
     {"experiment", "describe", "bench", "runs", "match"},

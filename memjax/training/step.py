@@ -26,8 +26,6 @@ from memjax.model import LANE_AXIS, LanguageModel, logical_axes, merge, split
 from memjax.training.compiler import compiler_options
 from memjax.training.optim import make_optimizer
 
-LOGITS = 1 << 26  # logits held at a time; of larger batches the loss is computed in parts
-
 
 class TrainState(NamedTuple):
     """All that a run needs to go on, besides its config and its data.
@@ -101,7 +99,7 @@ def make_trainer(experiment: Experiment, vocab_size: int, mesh: Mesh | None = No
     definition = _definition(experiment, vocab_size)
     options = compiler_options()
     step = jax.jit(
-        make_step(experiment, definition, optimizer, schedule),
+        make_step(experiment, definition, optimizer, schedule, mesh.size),
         donate_argnums=0,
         out_shardings=(placed, sharding.replicated(mesh)),
         compiler_options=options,
@@ -121,10 +119,11 @@ def make_step(
     definition: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    devices: int = 1,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """The pure step, not compiled."""
+    """The pure step, not compiled. devices: those over which the batch is split."""
     config = experiment.train
-    gradient = _gradient(experiment, definition)
+    gradient = _gradient(experiment, definition, devices)
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)
@@ -157,20 +156,24 @@ def make_step(
 
 
 class _Sums(NamedTuple):
+    total: jax.Array
     nll: jax.Array
     z: jax.Array
     auxiliary: jax.Array
 
 
-def _gradient(experiment: Experiment, definition: nnx.GraphDef) -> Callable:
+def _gradient(experiment: Experiment, definition: nnx.GraphDef, devices: int = 1) -> Callable:
     """(params, memory, batch, key, tokens) -> sums, gradient of the loss, memory after."""
     config, rows = experiment.train, experiment.data.batch // experiment.train.accumulate
 
     def loss(params, memory, batch, key, tokens):
         lm = merge(definition, params)
         start = jax.lax.stop_gradient(memory) if config.carry else lm.init_state(rows)
-        sums, memory = _read(lm, start, batch, key, config.horizon, experiment.model.dropout > 0)
-        total = (sums.nll + config.z_loss * sums.z) / jnp.maximum(tokens, 1.0)
+        dropout = experiment.model.dropout > 0
+        sums, memory = _read(
+            lm, start, batch, key, config.horizon, dropout, config.z_loss, devices
+        )
+        total = sums.total / jnp.maximum(tokens, 1.0)
         return total + sums.auxiliary / config.pieces, (sums, memory)
 
     def part(params, memory, batch, key, tokens):
@@ -188,7 +191,7 @@ def _gradient(experiment: Experiment, definition: nnx.GraphDef) -> Callable:
             )
             return jax.tree.map(jnp.add, carry, (sums, grads)), memory if config.carry else ()
 
-        zero = (_Sums(*[jnp.zeros(())] * 3), jax.tree.map(jnp.zeros_like, params))
+        zero = (_Sums(*[jnp.zeros(())] * 4), jax.tree.map(jnp.zeros_like, params))
         count = config.accumulate
         xs = (
             jnp.arange(count),
@@ -201,7 +204,9 @@ def _gradient(experiment: Experiment, definition: nnx.GraphDef) -> Callable:
     return parts
 
 
-def _read(lm: LanguageModel, state, batch, key, horizon: int, dropout: bool):
+def _read(
+    lm: LanguageModel, state, batch, key, horizon: int, dropout: bool, z_loss: float, devices: int
+):
     """Sums over the segments of a batch, and the memory after the last of them."""
 
     def segment(state, xs):
@@ -209,8 +214,9 @@ def _read(lm: LanguageModel, state, batch, key, horizon: int, dropout: bool):
         state, hidden_BTD, auxiliary = lm.read(
             state, batch["tokens_BT"], batch["reset_BT"], dropout_key=key if dropout else None
         )
-        nll, z = _score(lm, hidden_BTD, batch["targets_BT"], batch["weight_BT"])
-        return state, _Sums(nll, z, auxiliary)
+        targets_BT, weight_BT = batch["targets_BT"], batch["weight_BT"]
+        score = lm.score(hidden_BTD, targets_BT, weight_BT, z_loss=z_loss, devices=devices)
+        return state, _Sums(*score, auxiliary)
 
     if horizon == 1:
         state, sums = segment(state, (batch, key))
@@ -222,33 +228,6 @@ def _read(lm: LanguageModel, state, batch, key, horizon: int, dropout: bool):
     segments = (jax.tree.map(cut, batch), jax.random.split(key, horizon))
     state, sums = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), state, segments)
     return jax.tree.map(jnp.sum, sums), state
-
-
-def _score(lm: LanguageModel, hidden_BTD, targets_BT, weight_BT) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of nll and log(Z)^2, in parts of the segment if its logits are many."""
-
-    def part(hidden_BTD, targets_BT, weight_BT):
-        logits_BTY = lm.logits(hidden_BTD).astype(jnp.float32)
-        z_BT = jax.nn.logsumexp(logits_BTY, -1)
-        target_BT = jnp.take_along_axis(logits_BTY, targets_BT[..., None], -1)[..., 0]
-        return jnp.sum(weight_BT * (z_BT - target_BT)), jnp.sum(weight_BT * jnp.square(z_BT))
-
-    rows, length = targets_BT.shape
-    vocab_size = lm.embedding.shape[0]
-    many = rows * length * vocab_size / LOGITS
-    pieces = next((n for n in range(1, length + 1) if n >= many and length % n == 0), length)
-    if pieces == 1:
-        return part(hidden_BTD, targets_BT, weight_BT)
-
-    def cut(x):
-        return jnp.swapaxes(x.reshape(rows, pieces, length // pieces, *x.shape[2:]), 0, 1)
-
-    def add(sums, xs):
-        return jax.tree.map(jnp.add, sums, part(*xs)), None
-
-    zero = jnp.zeros(()), jnp.zeros(())
-    xs = (cut(hidden_BTD), cut(targets_BT), cut(weight_BT))
-    return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, xs)[0]
 
 
 def _deal(x: jax.Array, count: int, axis: int) -> jax.Array:
