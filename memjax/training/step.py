@@ -170,9 +170,7 @@ def _gradient(experiment: Experiment, definition: nnx.GraphDef, devices: int = 1
         lm = merge(definition, params)
         start = jax.lax.stop_gradient(memory) if config.carry else lm.init_state(rows)
         dropout = experiment.model.dropout > 0
-        sums, memory = _read(
-            lm, start, batch, key, config.horizon, dropout, config.z_loss, devices
-        )
+        sums, memory = _read(lm, start, batch, key, config.horizon, dropout, config.z_loss, devices)
         total = sums.total / jnp.maximum(tokens, 1.0)
         return total + sums.auxiliary / config.pieces, (sums, memory)
 
