@@ -1,4 +1,4 @@
-"""Cross-entropy in pieces: the definition in float64, its gradients, and what it holds at a time."""
+"""Cross-entropy in pieces: the definition in float64, its gradients, its memory."""
 
 import dataclasses
 import re
