@@ -110,6 +110,7 @@ class LanguageModel(nnx.Module):
         devices: those over which the logits are split.
         """
         table_YD = self._table()
+        rows, length = targets_BT.shape
         return cross_entropy(
             functools.partial(_logits, self.logit_cap),
             hidden_BTD,
@@ -117,7 +118,7 @@ class LanguageModel(nnx.Module):
             targets_BT,
             weight_BT,
             z_loss=z_loss,
-            pieces=count_pieces(*targets_BT.shape, table_YD.shape[0], devices),
+            pieces=count_pieces(rows, length, table_YD.shape[0], devices),
         )
 
     def _table(self) -> jax.Array:
