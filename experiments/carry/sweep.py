@@ -1,0 +1,43 @@
+"""State carried from segment to segment in training, or zeroed before each; two seeds, on books.
+
+Command:   memjax sweep --sweep=experiments/carry/sweep.py --config.data.path=BOOKS
+Hardware:  1 CPU core
+Duration:  a minute or two a point
+Result:    experiments/carry
+"""
+
+from memjax.data import Data
+from memjax.experiment import Experiment
+from memjax.mixers import GatedDeltaNet
+from memjax.model import Model
+from memjax.sweeps import Evaluate, Sweep, axis, product, seeds
+from memjax.training.config import Optimizer, Train
+
+
+def get_sweep() -> Sweep:
+    base = Experiment(
+        model=Model(
+            d_model=96,
+            repeat=2,
+            mixers={"gated_deltanet": GatedDeltaNet(heads=3)},
+            layers="unroll",
+        ),
+        data=Data(
+            source="pg19",
+            tokenizer="bpe",
+            vocab_size=1024,
+            stream="documents",
+            sequence=64,
+            batch=32,
+        ),
+        optimizer=Optimizer(learning_rate=5e-3, warmup=30),
+        train=Train(steps=300),
+    )
+    return Sweep(
+        base=base,
+        points=product(axis("train.carry", True, False), seeds(2)),
+        evaluate=(
+            Evaluate(split="valid", max_documents=2, carry=True),
+            Evaluate(split="valid", max_documents=2, carry=False),
+        ),
+    )
