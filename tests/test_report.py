@@ -121,6 +121,8 @@ def test_a_report_shows_what_the_runs_recorded(tmp_path):
     assert (by_name["a"]["state"], by_name["b"]["state"]) == ("done", "stopped")
     best = min((a, b), key=lambda records: records[-1]["eval_loss"])
     assert f"best loss</dt><dd>{best[-1]['eval_loss']:.4f}" in text
+    assert "goodput</dt><dd>50%" in text
+    assert "running mean over 2 records" in text  # of ten
 
 
 def test_the_page_needs_no_other_file_and_its_figures_are_beside_it(tmp_path):
@@ -146,6 +148,7 @@ def test_seeds_are_put_together_and_failures_are_told(tmp_path):
         deviation = math.sqrt(sum((x - mean) ** 2 for x in same) / 2)
         assert row["loss"] == pytest.approx(mean) and row["± loss"] == pytest.approx(deviation)
     assert "<title>Width &amp; seed</title>" in text
+    assert 'failed</dt><dd><a href="#failures">1' in text and "<h2 id=failures>" in text
     assert "it &lt;b&gt;broke&lt;/b&gt;" in text and "the last words &amp; more" in text
 
 

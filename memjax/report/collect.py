@@ -60,14 +60,18 @@ class Run:
         return statistics.median(rates) if rates else None
 
     @property
+    def wall(self) -> float | None:
+        """Seconds of all attempts together."""
+        return self.seconds or self.last.get("seconds")
+
+    @property
     def goodput(self) -> float | None:
         before, useful = 0, 0.0
         for record in self.records:
             if record.get("tokens_per_s") and record.get("tokens") is not None:
                 useful += (record["tokens"] - before) / record["tokens_per_s"]
                 before = record["tokens"]
-        wall = self.seconds or self.last.get("seconds")
-        return min(useful / wall, 1.0) if wall and useful else None
+        return min(useful / self.wall, 1.0) if self.wall and useful else None
 
     @property
     def score(self) -> float:

@@ -65,7 +65,8 @@ def _curves(runs: Sequence[Run], key: str, title: str) -> Figure | None:
     axes = canvas.add_subplot()
     best = {run.name: COLOURS[i] for i, run in enumerate(shown[:HIGHLIGHTED])}
     for run in reversed(shown):
-        steps, values = _smooth(np.array(curves[run.name]), SMOOTH_OVER if key == "loss" else 1)
+        curve = np.array(curves[run.name])
+        steps, values = _smooth(curve, _over(len(curve)) if key == "loss" else 1)
         marker = "o" if len(steps) == 1 or key == "eval_loss" and len(shown) <= SHOWN_AS_SVG else ""
         colour = best.get(run.name)
         axes.plot(
@@ -81,8 +82,14 @@ def _curves(runs: Sequence[Run], key: str, title: str) -> Figure | None:
     _limit(axes, [v for run in shown for _, v in curves[run.name]])
     axes.set_xlabel("step")
     axes.set_ylabel("nats a token")
-    axes.legend(frameon=False, fontsize=7.5, loc="upper right")
-    caption = title + (", running mean over 10 records" if key == "loss" else "")
+    handles, labels = axes.get_legend_handles_labels()  # drawn last to first; named first to last
+    axes.legend(
+        handles[::-1], labels[::-1], fontsize=7.5, loc="upper right", framealpha=0.85, edgecolor="w"
+    )
+    means = sorted({_over(len(curves[run.name])) for run in shown}) if key == "loss" else [1]
+    caption = title
+    if means[-1] > 1:
+        caption += f", running mean over {'up to ' if len(means) > 1 else ''}{means[-1]} records"
     if len(shown) > HIGHLIGHTED:
         caption += f"; the best {HIGHLIGHTED} of {len(shown)} runs in colour"
     return _finish(canvas, f"curve-{key}", caption, len(shown) <= SHOWN_AS_SVG)
@@ -115,10 +122,14 @@ def _against(runs: Sequence[Run], name: str, value: Callable[[Run], float | None
     return _finish(canvas, f"loss-by-{slug}", f"Final loss by {name}", len(points) <= 300)
 
 
+def _over(count: int) -> int:
+    """Over how many of `count` records a training loss is averaged."""
+    return min(SMOOTH_OVER, max(1, count // 4))
+
+
 def _smooth(curve: np.ndarray, over: int) -> tuple[np.ndarray, np.ndarray]:
     """A running mean, thinned to what a figure can show."""
     steps, values = curve[:, 0], curve[:, 1]
-    over = min(over, max(1, len(values) // 4))
     values = np.convolve(values, np.ones(over) / over, "valid")
     steps = steps[over - 1 :]
     keep = np.unique(np.linspace(0, len(steps) - 1, min(POINTS, len(steps))).astype(int))

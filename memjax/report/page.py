@@ -3,7 +3,7 @@
 import datetime
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from memjax import __version__
 from memjax.report.collect import Run, by_setting
 from memjax.report.figures import Figure
+from memjax.sweeps.directory import FAILED
 from memjax.tables import hours as duration
 from memjax.tables import number, size
 
@@ -65,16 +66,21 @@ def render(title: str, runs: Sequence[Run], figures: Sequence[Figure]) -> str:
 def _summary(runs: Sequence[Run]) -> str:
     counts = Counter(run.state for run in runs)
     tokens = sum(run.last.get("tokens") or 0 for run in runs)
-    seconds = sum(run.seconds or run.last.get("seconds") or 0 for run in runs)
+    seconds = sum(run.wall or 0 for run in runs)
     facts = [
         ("runs", number(len(runs))),
         *((state, number(count)) for state, count in counts.most_common()),
         ("tokens", number(tokens)),
         ("time, all together", duration(seconds / 3600)),
     ]
+    spent = [(run.goodput, run.wall) for run in runs if run.goodput is not None and run.wall]
+    if spent:
+        useful = sum(good * wall for good, wall in spent)
+        facts.append(("goodput", f"{useful / sum(wall for _, wall in spent):.0%}"))
     if runs[0].last:
         facts.append(("best loss", f"{runs[0].score:.4f} ({runs[0].name})"))
-    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
+    shown = {k: f'<a href="#failures">{v}</a>' if k == FAILED else escape(v) for k, v in facts}
+    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in shown.items())
     return f"<dl>{items}</dl>"
 
 
@@ -104,15 +110,21 @@ def _settings_table(runs: Sequence[Run]) -> str:
         for name in dict.fromkeys(name for run in members for name in run.evals):
             values = [v for run in members if (v := _perplexity(run.evals.get(name))) is not None]
             if values:
-                row |= _spread(f"{name}: word ppl", values)
+                row |= _spread(f"{name}: word ppl", values, number)
         rows.append(row)
     return f"<h2>By setting, over seeds</h2>{_table(rows)}"
 
 
-def _spread(name: str, values: list[float]) -> dict[str, Cell]:
+def _nats(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _spread(
+    name: str, values: list[float], shown: Callable[[float], str] = _nats
+) -> dict[str, Cell]:
     mean = statistics.fmean(values)
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {name: Cell(mean, f"{mean:.4f}"), f"± {name}": Cell(deviation)}
+    return {name: Cell(mean, shown(mean)), f"± {name}": Cell(deviation)}
 
 
 def _perplexity(result: dict[str, Any] | None) -> float | None:
@@ -140,7 +152,7 @@ def _row(run: Run) -> dict[str, Cell]:
     rate, good = run.tokens_per_s, run.goodput
     row["tokens/s"] = Cell(rate, "-" if rate is None else f"{rate:,.0f}")
     row["goodput"] = Cell(good, "-" if good is None else f"{good:.0%}")
-    seconds = run.seconds or run.last.get("seconds")
+    seconds = run.wall
     row["time"] = Cell(seconds, "-" if seconds is None else duration(seconds / 3600))
     return row
 
@@ -184,14 +196,15 @@ def _table(rows: Sequence[dict[str, Cell]], search: bool = False) -> str:
 
 
 def _failures(runs: Sequence[Run]) -> str:
-    failed = [run for run in runs if run.error]
+    failed = [run for run in runs if run.state == FAILED or run.error]
     if not failed:
         return ""
     items = []
     for run in failed:
         log = escape("\n".join(run.log)) if run.log else ""
+        said = f"<b>{escape(run.name)}</b> {escape(run.error or 'no message')}"
         items.append(
-            f"<details{' open' if len(failed) <= 5 else ''}><summary><b>{escape(run.name)}</b> "
-            f"{escape(run.error or '')}</summary>{f'<pre>{log}</pre>' if log else ''}</details>"
+            f"<details{' open' if len(failed) <= 5 else ''}><summary>{said}</summary>"
+            f"{f'<pre>{log}</pre>' if log else ''}</details>"
         )
-    return f"<h2>Failures</h2>{''.join(items)}"
+    return f"<h2 id=failures>Failures</h2>{''.join(items)}"
