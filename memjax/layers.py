@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from memjax import sharding
 from memjax.config import check, check_at_least
+from pallas_kernels import context_parallel
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = 0.02) -> jax.Array:
@@ -64,7 +66,10 @@ def _backward(dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], dy: jax.
     x, weight = residuals
     dy = dy.astype(x.dtype)
     dx = _contract(dy, weight.astype(x.dtype), dy.ndim - 1, 0).astype(x.dtype)
-    dw = jax.lax.platform_dependent(x, dy, cpu=_weight_gradient_cpu, default=_weight_gradient)
+    if sharding.active() is None:
+        dw = jax.lax.platform_dependent(x, dy, cpu=_weight_gradient_cpu, default=_weight_gradient)
+    else:  # lanes and tokens that are split over devices cannot be made one axis
+        dw = _weight_gradient(x, dy)
     return dx, dw.astype(weight.dtype)
 
 
@@ -141,6 +146,24 @@ GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def halves(linear: Linear, x: jax.Array) -> list[jax.Array]:
+    """Both halves of W x, channel by channel on the same device of a mesh.
+
+    Where hidden channels are split, a half of W is another half of the devices; W is gathered.
+    """
+    if not sharding.splits("hidden"):
+        return jnp.split(linear(x), 2, -1)
+    parts = [linear.weight[...]] if linear.bias is None else [linear.weight[...], linear.bias[...]]
+    pairs = []
+    for part in parts:
+        pair = sharding.constrain(part).reshape(2, -1, *part.shape[1:])
+        pairs.append(sharding.constrain(pair, None, "hidden"))
+    products = [dot_transposed(x, weight) for weight in pairs[0]]
+    if linear.bias is not None:
+        products = [y + bias.astype(y.dtype) for y, bias in zip(products, pairs[1])]
+    return [sharding.constrain(y, "lanes", "tokens", "hidden") for y in products]
+
+
 class MLP(nnx.Module):
     """y = W_out (gate(a) * b), with (a, b) = W_in x in one product."""
 
@@ -151,7 +174,7 @@ class MLP(nnx.Module):
         self.out = Linear(width, d_model, rngs=rngs, axes=("embed", "hidden"))
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate_BTF, up_BTF = jnp.split(self.into(x_BTD), 2, -1)
+        gate_BTF, up_BTF = halves(self.into, x_BTD)
         return self.out(GATES[self.gate](gate_BTF) * up_BTF)
 
 
@@ -169,6 +192,12 @@ def document_ids(reset_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     A running sum made of two products, in blocks and of blocks: XLA on CPU would compute a plain
     one again for every block of attention that reads it.
     """
+    return sharding.split(_document_ids, (reset_BT,), ("BT",), "BT")
+
+
+def _document_ids(axis_name: str | None, reset_BT: jax.Array) -> jax.Array:
+    if axis_name is not None:
+        return context_parallel.document_numbers(reset_BT, axis_name=axis_name)
     batch, length = reset_BT.shape
     block = min(256, length)
     count = -(-length // block)
@@ -203,8 +232,22 @@ class ShortConv(nnx.Module):
         x_BTF: Float[Array, "B T F"],
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B M F"], Float[Array, "B T F"]]:
+        bias_F = None if self.bias is None else self.bias[...]
+        args = (self.weight[...], bias_F, tail_BMF, x_BTF, reset_BT)
+        axes, out_axes = ("WF", "F", "BMF", "BTF", "BT"), ("BMF", "BTF")
+        return sharding.split(self._local, args, axes, out_axes, least_tokens=self.width - 1)
+
+    def _local(self, axis_name: str | None, weight_WF, bias_F, tail_BMF, x_BTF, reset_BT):
+        if axis_name is not None:
+            tail_BMF, last_BMF = context_parallel.exchange_tail(
+                x_BTF, tail_BMF, reset_BT, axis_name=axis_name
+            )
+            return last_BMF, self._convolve(weight_WF, bias_F, tail_BMF, x_BTF, reset_BT)[1]
+        return self._convolve(weight_WF, bias_F, tail_BMF, x_BTF, reset_BT)
+
+    def _convolve(self, weight_WF, bias_F, tail_BMF, x_BTF, reset_BT):
         length, reach = x_BTF.shape[1], self.width - 1
-        weight = self.weight[...].astype(x_BTF.dtype)
+        weight = weight_WF.astype(x_BTF.dtype)
         padded_BJF = jnp.concatenate([tail_BMF.astype(x_BTF.dtype), x_BTF], 1)
         y_BTF = weight[0] * x_BTF
         if reach > 0:
@@ -212,8 +255,8 @@ class ShortConv(nnx.Module):
         for lag in range(1, self.width):
             taps_BTF = padded_BJF[:, reach - lag : reach - lag + length]
             y_BTF += weight[lag] * (same_BTM[:, :, lag - 1 : lag] * taps_BTF)
-        if self.bias is not None:
-            y_BTF += self.bias[...].astype(y_BTF.dtype)
+        if bias_F is not None:
+            y_BTF += bias_F.astype(y_BTF.dtype)
         id_BJ = jnp.pad(document_ids(reset_BT), ((0, 0), (reach, 0)))
         ours_BM1 = (id_BJ[:, length:] == id_BJ[:, -1:])[..., None]
         tail_BMF = jnp.where(ours_BM1, padded_BJF[:, length:], 0).astype(jnp.float32)

@@ -20,6 +20,7 @@ from memjax.layers import RMSNorm, dot_transposed, normal
 from memjax.memory import make_segment_module
 from memjax.memory.base import SegmentMemory
 from memjax.segments import SegmentState, init_segments, read_segments
+from memjax.sharding import constrain, gather
 from memjax.stack import Stack, StackState, dropout
 
 __all__ = ["LANE_AXIS", "LanguageModel", "Model", "Reading", "logical_axes", "merge", "split"]
@@ -122,14 +123,15 @@ class LanguageModel(nnx.Module):
         )
 
     def _table(self) -> jax.Array:
-        return (self.embedding if self.output is None else self.output)[...]
+        return gather(self.embedding if self.output is None else self.output)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens_BT].astype(self.dtype)
+        return constrain(gather(self.embedding)[tokens_BT].astype(self.dtype), "lanes", "tokens")
 
 
 def _logits(cap: float | None, hidden_BTD: jax.Array, table_YD: jax.Array) -> jax.Array:
     logits_BTY = dot_transposed(hidden_BTD, table_YD, jnp.dtype(jnp.float32))
+    logits_BTY = constrain(logits_BTY, "lanes", "tokens", "vocab")
     return logits_BTY if cap is None else cap * jnp.tanh(logits_BTY / cap)
 
 

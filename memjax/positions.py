@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import OneOf, check
 from memjax.layers import materialise
+from memjax.sharding import split
+from pallas_kernels import context_parallel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,12 @@ def apply_position(
 
 def positions(start_B: Int[Array, "B"], reset_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Position in its document of every token, `start_B` being that of a token at t = 0."""
+    return split(_positions, (start_B, reset_BT), ("B", "BT"), "BT")
+
+
+def _positions(axis_name: str | None, start_B: jax.Array, reset_BT: jax.Array) -> jax.Array:
+    if axis_name is not None:
+        return context_parallel.positions(start_B, reset_BT, axis_name=axis_name)
     steps_T = jnp.arange(reset_BT.shape[1], dtype=jnp.int32)
     last_BT = jax.lax.cummax(jnp.where(reset_BT, steps_T, -1), axis=1)
     return jnp.where(last_BT >= 0, steps_T - last_BT, start_B[:, None] + steps_T)

@@ -1,82 +1,170 @@
 """The only file that names mesh axes: the mesh, and where arrays live on it.
 
-Axes: `data` splits the batch; `fsdp` splits the batch and the parameters. Parameters carry
-logical axes (`memjax.model.logical_axes`); `RULES` says which mesh axis each may be split over.
+    data      splits the batch
+    fsdp      splits the batch, and the parameters, which every layer gathers when it runs
+    tensor    splits heads, hidden channels, the vocabulary and tables
+    context   splits the tokens of a segment
+
+Arrays are described by logical axes: parameters by the names they are declared with, all else by
+the letters that names of arrays end in (`memjax.shapes`). `RULES` says over which mesh axes each
+logical axis is split; what a mesh axis does not divide is not split, which costs time or memory
+and never changes a number.
+
+Programs are traced under `over(mesh)`. `constrain` and `gather` tell the compiler where arrays
+live; `split` runs an operation on each device's part of its arguments. Without a mesh, or on one
+device, all three do nothing.
 """
 
 import dataclasses
 import math
+import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import Mesh as JaxMesh
 from jax.sharding import PartitionSpec as P
 
 from memjax.config import ConfigError, check
 
+AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
+CONTEXT = "context"
 
-RULES: dict[str, str | None] = {
-    "layers": None,
-    "vocab": None,
-    "embed": "fsdp",
-    "hidden": None,
-    "conv": None,
-    "heads": None,
-    "head": None,
-    "value": None,
-    "rank": None,
-    "slots": None,
+RULES: dict[str, tuple[str, ...]] = {
+    "lanes": BATCH_AXES,
+    "tokens": ("context",),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "hidden": ("tensor",),
+    "heads": ("tensor",),
+    "head": ("tensor",),
+    "rows": ("tensor",),
+    "slots": ("tensor",),
+    "layers": (),
+    "conv": (),
+    "value": (),
+    "rank": (),
 }
+LETTERS = {"B": "lanes", "T": "tokens", "H": "heads", "G": "heads", "E": "hidden", "F": "hidden"}
+# Parts of states that are trees of arrays without names of their own, by the name of the part.
+PARTS = {"weights": "BH", "momenta": "BH", "carry": "BH", "tokens": "BJH"}
+
+Size = int | Literal["auto"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Devices along each axis; "auto" takes what the others leave.
+    """Devices along each axis; one of them may be "auto": what the others leave.
 
-    `tensor` and `context` must be 1: tensor and context parallelism are not built yet.
+    data: rows. fsdp: rows and parameters. tensor: heads and hidden channels. context: tokens.
     """
 
-    data: int | Literal["auto"] = "auto"
-    fsdp: int | Literal["auto"] = 1
-    tensor: int = 1
-    context: int = 1
+    data: Size = "auto"
+    fsdp: Size = 1
+    tensor: Size = 1
+    context: Size = 1
 
     def __post_init__(self):
-        for name in ("data", "fsdp"):
+        for name in AXES:
             size = getattr(self, name)
             check(self, name, size == "auto" or size >= 1, 'must be at least 1, or "auto"')
-        for name in ("tensor", "context"):
-            rule = f"must be 1: {name} parallelism is not built yet"
-            check(self, name, getattr(self, name) == 1, rule)
-        both = self.data == "auto" and self.fsdp == "auto"
-        check(self, "fsdp", not both, 'cannot be "auto" while data is "auto"; give one a number')
+        auto = [name for name in AXES if getattr(self, name) == "auto"]
+        if len(auto) > 1:
+            rule = f'cannot be "auto" while {auto[0]} is "auto"; give one a number'
+            check(self, auto[1], False, rule)
 
-    def sizes(self, devices: int) -> tuple[int, int]:
-        """Devices along (data, fsdp), or one line that says what would fit."""
-        known = math.prod(s for s in (self.data, self.fsdp) if s != "auto")
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Devices along each axis, or one line that says what would fit."""
+        given: dict[str, Size] = {name: getattr(self, name) for name in AXES}
+        known = math.prod(size for size in given.values() if size != "auto")
         if known > devices or devices % known:
-            fits = [n for n in range(1, devices + 1) if devices % n == 0]
+            asked = " ".join(f"{name}={size}" for name, size in given.items())
             raise ConfigError(
-                f"config.mesh: data={self.data} fsdp={self.fsdp} do not fit {devices} device(s); "
-                f"sizes that divide them: {', '.join(map(str, fits))}"
+                f"config.mesh: {asked} do not fit {devices} device(s); the product of the sizes "
+                f"must be one of {_list(_divisors(devices))}"
             )
         rest = devices // known
-        data, fsdp = (rest if s == "auto" else s for s in (self.data, self.fsdp))
-        return int(data), int(fsdp)
+        return {name: rest if size == "auto" else int(size) for name, size in given.items()}
 
 
 def make_mesh(config: Mesh, batch: int) -> JaxMesh:
-    """The mesh over the first data * fsdp devices; `batch` rows must divide over it."""
-    data, fsdp = config.sizes(jax.device_count())
-    if batch % (data * fsdp):
+    """The mesh over the first devices; `batch` rows must divide over its lanes."""
+    sizes = config.sizes(jax.device_count())
+    count, lanes = math.prod(sizes.values()), sizes["data"] * sizes["fsdp"]
+    if batch % lanes:
         raise ConfigError(
             f"config.data.batch={batch} must be a multiple of mesh.data * mesh.fsdp "
-            f"= {data * fsdp} devices"
+            f"= {lanes} devices"
         )
-    devices = jax.devices()[: data * fsdp]
-    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    local, inner = jax.local_device_count(), sizes["tensor"] * sizes["context"]
+    if jax.process_count() > 1 and local % inner:
+        raise ConfigError(
+            f"config.mesh: tensor={sizes['tensor']} times context={sizes['context']} must divide "
+            f"the {local} devices of a process, which reads whole rows; the product may be one of "
+            f"{_list(_divisors(local))}"
+        )
+    kinds = (AxisType.Auto,) * len(AXES)
+    devices = jax.devices()[:count]
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+
+
+def virtual_devices(config: Mesh) -> None:
+    """Make JAX, before its first use, simulate the devices of a mesh on this machine's CPU."""
+    given = [getattr(config, name) for name in AXES]
+    for name, size in zip(AXES, given):
+        check(config, name, size != "auto", "must be a number where there are no devices to count")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", math.prod(int(size) for size in given))
+
+
+def check_tokens(mesh: JaxMesh, sequence: int) -> None:
+    """Raise a ConfigError unless the context axis divides segments of `sequence` tokens."""
+    size = axis_size(mesh, "tokens")
+    if sequence % size:
+        fits = [n for n in _divisors(sequence) if n <= mesh.size]
+        raise ConfigError(
+            f"config.mesh.context={size} must divide data.sequence={sequence}; sizes that fit: "
+            f"{_list(fits)}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def axis_size(mesh: JaxMesh, name: str) -> int:
+    """Parts into which a logical axis is split."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in _rule(name))
+
+
+def _rule(name: str) -> tuple[str, ...]:
+    if name not in RULES:
+        raise ValueError(f"logical axis {name!r} has no rule; add it to RULES")
+    return RULES[name]
+
+
+def _spec(mesh: JaxMesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> P:
+    """The split of an array; of two axes that one mesh axis would split, the first gets it."""
+    parts: list[tuple[str, ...] | None] = []
+    used: set[str] = set()
+    for name, size in zip(names, shape):
+        axes = () if name is None else _rule(name)
+        axes = tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+        fits = axes and not used & set(axes) and size % axis_size(mesh, name or "") == 0
+        parts.append(axes if fits else None)
+        used |= set(axes) if fits else set()
+    return P(*parts)
+
+
+# Where arrays live between steps.
 
 
 def replicated(mesh: JaxMesh) -> NamedSharding:
@@ -85,21 +173,201 @@ def replicated(mesh: JaxMesh) -> NamedSharding:
 
 def lanes(mesh: JaxMesh, axis: int = 0) -> NamedSharding:
     """Lanes, on `axis` of an array, split over the batch axes."""
-    return NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
+    axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
+    return NamedSharding(mesh, P(*[None] * axis, axes))
+
+
+def batch(mesh: JaxMesh) -> NamedSharding:
+    """Arrays [B, T] of a batch."""
+    return NamedSharding(mesh, P(BATCH_AXES, CONTEXT))
 
 
 def parameters(mesh: JaxMesh, axes: dict, shapes: Any) -> Any:
     """The sharding of each parameter, from its logical axes; same structure as `shapes`."""
 
     def one(names: tuple[str, ...], leaf: Any) -> NamedSharding:
-        for name in names:
-            if name not in RULES:
-                raise ValueError(f"logical axis {name!r} has no rule; add it to RULES")
-        spec = [RULES[name] for name in names]
-        fits = [
-            a if a is not None and size % mesh.shape[a] == 0 else None
-            for a, size in zip(spec, leaf.shape)
-        ]
-        return NamedSharding(mesh, P(*fits))
+        return NamedSharding(mesh, _spec(mesh, names, leaf.shape))
 
     return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def states(mesh: JaxMesh, shapes: Any) -> Any:
+    """The sharding of the carried state of a model: lanes and, where there are some, heads.
+
+    Axes are told from the names of the arrays; layers are stacked in front of them.
+    """
+
+    def one(path: tuple, leaf: Any) -> NamedSharding:
+        letters = _letters(path)
+        names = (None, *(LETTERS.get(letter) for letter in letters))
+        names = (None, "lanes") if len(names) > leaf.ndim else names
+        return NamedSharding(mesh, _spec(mesh, names, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def _letters(path: tuple) -> str:
+    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    for name in reversed(names):
+        found = re.search(r"_1?([A-Z][A-Z0-9]*)$", name)
+        letters = found[1] if found else PARTS.get(name, "")
+        if letters:
+            return letters if letters.startswith("B") else "B" + letters
+    return "B"
+
+
+# Within a program.
+
+_active = jax.make_user_context(None)
+
+
+def over(mesh: JaxMesh | None) -> Any:
+    """A context in which programs are traced for `mesh`; one device needs no mesh."""
+    return _active(mesh if mesh is not None and mesh.size > 1 else None)
+
+
+def active() -> JaxMesh | None:
+    """The mesh that the program runs on; None for one device, and within `split`."""
+    mesh = _active.value
+    # Asked of JAX, because a backward pass is traced after the function that it belongs to.
+    inside = mesh is not None and jax.sharding.get_abstract_mesh().manual_axes
+    return None if inside else mesh
+
+
+def splits(name: str) -> bool:
+    """Whether the mesh that the program runs on splits a logical axis."""
+    mesh = active()
+    return mesh is not None and axis_size(mesh, name) > 1
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """x, split over the mesh by its logical axes; those behind the names are not split.
+
+    Where the mesh does not divide an axis that has a name, the compiler may choose.
+    """
+    mesh = active()
+    if mesh is None:
+        return x
+    spec = _spec(mesh, names, x.shape)
+    free = (
+        P.UNCONSTRAINED if name is not None and part is None and axis_size(mesh, name) > 1 else part
+        for name, part in zip(names, spec)
+    )
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*free)))
+
+
+def gather(param: nnx.Variable) -> jax.Array:
+    """A parameter as products use it: whole over fsdp. Its gradient is split as it is stored."""
+    value, mesh = param[...], active()
+    if mesh is None:
+        return value
+    axes = param.get_metadata()["axes"]
+    used = tuple(None if name == "embed" else name for name in axes)
+    places = (NamedSharding(mesh, _spec(mesh, names, value.shape)) for names in (axes, used))
+    return _gather(value, *places)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _gather_forward(x, stored, used):
+    return _gather(x, stored, used), None
+
+
+def _gather_backward(stored, used, _, dx):
+    return (jax.lax.with_sharding_constraint(dx, stored),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+_CHEAP = {"sharding_constraint", "reshape", "squeeze", "slice", "transpose", "convert_element_type"}
+
+
+def gather_again() -> Callable | None:
+    """What to keep of a layer for its backward pass, where fsdp splits parameters; else None.
+
+    Everything but what is cheap to make again: a parameter that was gathered is gathered again,
+    instead of being kept, whole, for every layer.
+    """
+
+    def policy(primitive: Any, *_: Any, **settings: Any) -> bool:
+        gathers = getattr(settings.get("bwd"), "__name__", "") == _gather_backward.__name__
+        return primitive.name not in _CHEAP and not gathers
+
+    return policy if splits("embed") else None
+
+
+def gathered(module: Any) -> Any:
+    """A module with all its parameters gathered; called where a layer begins."""
+    if active() is None:
+        return module
+    definition, params = nnx.split(module)
+    params = jax.tree.map(
+        lambda param: param.replace(gather(param)),
+        params,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+    return nnx.merge(definition, params)
+
+
+def split(
+    local: Callable, args: tuple, axes: tuple, out_axes: Any, *, least_tokens: int = 1
+) -> Any:
+    """local(axis_name, *args), each device on its part of the arguments.
+
+    axes: for each argument, the letters of the leading axes of its arrays ("BTHK"), or a tree of
+    such; out_axes likewise. `LETTERS` says which of them are split: lanes, tokens, and heads or
+    channels where the mesh divides them. An array without a letter that is split is whole on every
+    device.
+    axis_name: the mesh axis that tokens are split over, for `pallas_kernels.context_parallel`;
+    None if the tokens are whole, because there is no mesh, or it does not divide them, or would
+    leave fewer than `least_tokens` on a device.
+    """
+    mesh = active()
+    if mesh is None:
+        return local(None, *args)
+    pairs: list[tuple[str, tuple[int, ...]]] = []
+    jax.tree.map(
+        lambda letters, arg: pairs.extend((letters, x.shape) for x in jax.tree.leaves(arg)),
+        axes,
+        args,
+    )
+    places = _places(mesh, pairs, least_tokens)
+
+    def spec(letters: str) -> P:
+        return P(*(places.get(letter) for letter in letters))
+
+    def body(*args: Any) -> Any:
+        return local(CONTEXT if places.get("T") else None, *args)
+
+    in_specs = jax.tree.map(
+        lambda letters, arg: jax.tree.map(lambda _: spec(letters), arg), axes, args
+    )
+    out_specs = jax.tree.map(spec, out_axes)
+    # The check of what differs between devices would forbid, in operations and in mixers, loops
+    # that start from plain zeros.
+    run = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return run(*args)
+
+
+def _places(mesh: JaxMesh, pairs: list, least_tokens: int) -> dict[str, tuple[str, ...]]:
+    """The mesh axes of each letter that is split."""
+    sizes: dict[str, set[int]] = {}
+    for letters, shape in pairs:
+        for letter, size in zip(letters, shape):
+            sizes.setdefault(letter, set()).add(size)
+    places = {}
+    for letter, found in sizes.items():
+        axes = RULES[LETTERS[letter]] if letter in LETTERS else ()
+        axes = tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+        count = math.prod(mesh.shape[axis] for axis in axes)
+        least = least_tokens * count if letter == "T" else 1
+        if axes and all(size % count == 0 and size >= least for size in found):
+            places[letter] = axes
+    # Heads in groups: one group goes with any heads, several must be split as the heads are.
+    if "G" in sizes and ("G" in places) != ("H" in places) and sizes["G"] != {1}:
+        places = {letter: axes for letter, axes in places.items() if letter not in "GH"}
+    return places

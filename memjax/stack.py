@@ -19,12 +19,21 @@ from memjax.memory import layer_class
 from memjax.memory.base import LayerMemory
 from memjax.mixers import MIXERS
 from memjax.mixers.base import MixerConfig, SequenceMixer, State
+from memjax.ops import read_in_turns
+from memjax.sharding import constrain, gather_again, gathered
 
 
 def make_mixer(config: MixerConfig, d_model: int, *, rngs: nnx.Rngs) -> SequenceMixer:
     """The mixer of a config."""
     mixer = MIXERS[config.kind][1]
     return mixer(config, d_model, rngs=rngs)  # type: ignore[call-arg]
+
+
+def read_mixer(mixer: SequenceMixer, state: State, x_BTD: jax.Array, reset_BT: jax.Array):
+    """The mixer on a segment, on whatever mesh the program runs on."""
+    if mixer.splits_tokens:
+        return mixer(state, x_BTD, reset_BT)
+    return read_in_turns(mixer, state, x_BTD, reset_BT)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -77,9 +86,10 @@ class Block(nnx.Module):
     def read(self, state, x_BTD, reset_BT, dropout_key: jax.Array | None = None, shared=None):
         """State, x_BTD and the auxiliary loss."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
+        x_BTD = constrain(x_BTD, "lanes", "tokens")
         in_BTD = self.mixer_norm(x_BTD)
         auxiliary = self.mixer.auxiliary_loss(state.mixer, in_BTD, reset_BT)
-        mixer_state, y_BTD = self.mixer(state.mixer, in_BTD, reset_BT)
+        mixer_state, y_BTD = read_mixer(self.mixer, state.mixer, in_BTD, reset_BT)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, keys[0])
         memory_state = state.memory
         if self.memory is not None and self.memory_norm is not None:
@@ -93,6 +103,7 @@ class Block(nnx.Module):
             elif self.memory is not None:
                 memory_state, y_BTD = self.memory(memory_state, in_BTD, reset_BT, shared)
             x_BTD = x_BTD + dropout(y_BTD, self.dropout, keys[2])
+        x_BTD = constrain(x_BTD, "lanes", "tokens")
         return BlockState(mixer_state, memory_state), x_BTD, auxiliary
 
 
@@ -169,13 +180,15 @@ class Stack(nnx.Module):
 
         def body(x_BTD: jax.Array, xs: Any):
             pattern, pattern_state, key = xs
+            pattern = gathered(pattern)
             pattern_state, x_BTD, auxiliary = pattern.read(
                 pattern_state, x_BTD, reset_BT, key, self.shared
             )
             return x_BTD, (pattern_state, auxiliary)
 
-        if self.remat != "none":
-            body = jax.checkpoint(body, policy=_REMAT[self.remat], prevent_cse=False)
+        policy = gather_again() if self.remat == "none" else _REMAT[self.remat]
+        if policy is not None:
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         patterns, tail = self._coupled()
         xs = (patterns, state.patterns, None if keys is None else keys[:-1])
         unroll = self.repeat if self.layers == "unroll" else 1

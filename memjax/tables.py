@@ -59,11 +59,31 @@ def _describe(result: Row) -> list[Table]:
     head = {**_flat(result)}
     head["state_bytes_per_sequence"] = size(head["state_bytes_per_sequence"])
     memory = {name: size(value) for name, value in result["memory_bytes"].items()}
-    return [
+    tables = [
         pairs("Model", head),
         pairs("Parameters", result["parameters"]),
         rows("Layers, for one token and one sequence", _layers(result["layers"])),
         pairs("Memory, without activations", memory),
+    ]
+    return tables + (_mesh(result["mesh"]) if "mesh" in result else [])
+
+
+def _mesh(result: Row) -> list[Table]:
+    """The step as compiled for a mesh."""
+    names = ("argument_bytes", "temporary_bytes")
+    sent = [
+        {
+            "over": row["axes"],
+            "kind": row["kind"],
+            "a step": row["count"],
+            "sent": size(row["bytes"]),
+        }
+        for row in result["collectives"]
+    ]
+    return [
+        pairs("Devices", result["devices"]),
+        pairs("A device, as compiled", {name: size(result[name]) for name in names}),
+        rows("Collectives of a step, and what a device sends in them", sent),
     ]
 
 

@@ -9,8 +9,11 @@ HERE = Path(__file__).parent
 DEVICES = 8
 
 
-def run_on_virtual_devices(name: str) -> None:
-    """Run the tests of `tests/on_devices/<name>.py`; their report is this test's."""
+def run_on_virtual_devices(name: str, *choose: str) -> None:
+    """Run the tests of `tests/on_devices/<name>.py`; their report is this test's.
+
+    choose: arguments of pytest.
+    """
     flags = os.environ["XLA_FLAGS"]  # quick compilation, from conftest.py
     environment = os.environ | {
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={DEVICES}",
@@ -18,7 +21,7 @@ def run_on_virtual_devices(name: str) -> None:
         "NPROC": "32",
     }
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    command.append(str(HERE / "on_devices" / f"{name}.py"))
+    command += [str(HERE / "on_devices" / f"{name}.py"), *choose]
     done = subprocess.run(
         command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=600
     )

@@ -75,7 +75,7 @@ CONFIG_CASES = {
     "profile backwards": ("train.profile=9,3", "config.train.profile=(9, 3)", "first <= last"),
     "mesh too large": ("mesh.data=3", "config.mesh", "data=3", "1 device"),
     "two automatic axes": ("mesh.fsdp=auto", "config.mesh.fsdp='auto'", "give one a number"),
-    "tensor axis": ("mesh.tensor=2", "config.mesh.tensor=2", "not built"),
+    "tensor axis too large": ("mesh.tensor=2", "config.mesh", "tensor=2", "1 device"),
     "stride without windows": ("eval.stride=4", "config.eval.stride=4", "sliding"),
     "memory without a kind": ("model.memory.slots=4", "config.model.memory.kind", "choose from"),
     "vocabulary of bytes": ("data.vocab_size=300", "config.data.vocab_size=300", "bytes"),

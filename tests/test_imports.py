@@ -9,14 +9,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"shapes", "config", "errors", "platform", "tables"},
-    {"layers", "positions", "sharding"},
+    {"sharding", "ops"},
+    {"layers", "positions"},
     {"mixers", "memory", "data"},
     {"architecture"},
     {"stack"},
     {"segments", "cross_entropy"},
     {"model"},
     {"training", "evals"},
-    {"experiment", "describe", "bench", "runs", "match"},
+    {"experiment", "describe", "bench", "collectives", "runs", "match"},
     {"sweeps"},
     {"report", "completion"},
     {"commands"},

@@ -123,12 +123,30 @@ def _data(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     return describe(read_experiment(rest, args.workdir).data)
 
 
+def _describe_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir(parser, required=False)
+    text = "compile the step for this mesh, on virtual devices, and count what devices exchange"
+    parser.add_argument("--mesh", metavar="AXIS=N,..", help=text)
+
+
 def _describe(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    if args.mesh is not None:
+        from memjax.sharding import virtual_devices
+
+        sizes = [f"--config.mesh.{pair}" for pair in args.mesh.split(",") if pair]
+        rest = [*rest, "--config.mesh.data=1", *sizes]
+        virtual_devices(read_experiment(rest, args.workdir).mesh)
     from memjax.data import load_tokenizer
     from memjax.describe import describe
 
     experiment = read_experiment(rest, args.workdir)
-    return describe(experiment, load_tokenizer(experiment.data).vocab_size)
+    vocab_size = load_tokenizer(experiment.data).vocab_size
+    described = describe(experiment, vocab_size)
+    if args.mesh is None:
+        return described
+    from memjax.collectives import report
+
+    return described | {"mesh": report(experiment, vocab_size)}
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,9 +222,10 @@ RUNS = {
     ),
     "describe": Command(
         "parameters, state bytes, FLOPs and memory of a config",
-        config_or_workdir,
+        _describe_arguments,
         _describe,
-        examples="memjax describe --config=configs/quickstart.py",
+        examples="memjax describe --config=configs/quickstart.py\n"
+        "  memjax describe --config=configs/quickstart.py --mesh=data=2,fsdp=2,context=2",
     ),
     "bench": Command(
         "time training and decoding against the roof of this machine",

@@ -136,7 +136,7 @@ def make_batches(
 def _lanes(protocol: Protocol, spans: list[Span], batch: int, mesh: Mesh | None) -> int:
     """Lanes that have work, rounded up to the devices of the mesh."""
     chained = [chain for chain, _ in zip(chains(protocol, spans), range(batch))]
-    devices = 1 if mesh is None else mesh.devices.size
+    devices = 1 if mesh is None else sharding.axis_size(mesh, "lanes")
     return -(-len(chained) // devices) * devices
 
 
@@ -152,9 +152,10 @@ def _compiled(definition: nnx.GraphDef, mesh: Mesh | None) -> tuple[Callable, Ca
         return merge(definition, params).init_state(lanes)
 
     def score(params, state, tokens_BT, targets_BT, reset_BT):
-        lm = merge(definition, params)
-        state, hidden_BTD, _ = lm.read(state, tokens_BT, reset_BT)
-        return state, token_nll(lm, hidden_BTD, targets_BT)
+        with sharding.over(mesh):
+            lm = merge(definition, params)
+            state, hidden_BTD, _ = lm.read(state, tokens_BT, reset_BT)
+            return state, token_nll(lm, hidden_BTD, targets_BT)
 
     if mesh is None:
         return jax.jit(init, static_argnums=1), jax.jit(score)

@@ -33,10 +33,10 @@ def evaluate_task(
     batches. The rows are the same for every model.
     """
     definition, params = split(lm) if isinstance(lm, LanguageModel) else lm
-    devices = 1 if mesh is None else mesh.size
+    devices = 1 if mesh is None else sharding.axis_size(mesh, "lanes")
     batch = -(-min(batch, rows) // devices) * devices
     count = -(-rows // batch)
-    answer, sums = _compiled(definition), np.zeros(4)
+    answer, sums = _compiled(definition, mesh), np.zeros(4)
     for step in range(count):
         arrays = corpus.batch(step * batch, np.arange(batch), length)
         if mesh is not None:
@@ -61,11 +61,12 @@ def quick_task(
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(definition: nnx.GraphDef) -> Callable:
+def _compiled(definition: nnx.GraphDef, mesh: Mesh | None) -> Callable:
     def answer(params: dict, arrays: dict[str, jax.Array]) -> jax.Array:
         lm = merge(definition, params)
         tokens_BT, weight_BT = arrays["tokens_BT"], arrays["weight_BT"]
-        _, logits_BTY = lm(lm.init_state(tokens_BT.shape[0]), tokens_BT, arrays["reset_BT"])
+        with sharding.over(mesh):
+            _, logits_BTY = lm(lm.init_state(tokens_BT.shape[0]), tokens_BT, arrays["reset_BT"])
         target_BT1 = arrays["targets_BT"][..., None]
         chosen_BT = jnp.take_along_axis(logits_BTY, target_BT1, -1)[..., 0]
         nll_BT = jax.nn.logsumexp(logits_BTY, -1) - chosen_BT

@@ -17,8 +17,11 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
+from memjax.ops import last_token
 from memjax.positions import PositionField, Rotary, apply_position, positions
-from pallas_kernels import attention
+from memjax.sharding import split
+from pallas_kernels import attention, context_parallel, ring_attention
+from pallas_kernels.ring_attention import Cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,8 @@ class AttentionMixer(SequenceMixer):
     Source: arXiv:1706.03762; grouped heads arXiv:2305.13245; rotary arXiv:2104.09864.
     """
 
+    splits_tokens = True
+
     def __init__(self, config: Attention, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)
         self.config = config
@@ -107,31 +112,64 @@ class AttentionMixer(SequenceMixer):
         position_BT = positions(state.position_B, reset_BT)
         q_BTHK = apply_position(self.config.position, heads(self.query(x_BTD)), position_BT)
         k_BTGK = apply_position(self.config.position, heads(self.key(x_BTD)), position_BT)
-        k_BJGK = jnp.concatenate([state.k_BMGK.astype(x_BTD.dtype), k_BTGK], 1)
-        v_BJGK = jnp.concatenate([state.v_BMGK.astype(x_BTD.dtype), heads(self.value(x_BTD))], 1)
+        slopes = self.config.position.slopes(self.config.heads)
+        slopes_H = None if slopes is None else jnp.asarray(slopes, jnp.float32)
+        args = (q_BTHK, k_BTGK, heads(self.value(x_BTD)), *state[:3], reset_BT, slopes_H)
+        axes = ("BTHK", "BTGK", "BTGK", "BMGK", "BMGK", "BM", "BT", "H")
+        y_BTHK, *cache = split(self._attend, args, axes, ("BTHK", "BMGK", "BMGK", "BM"))
+        k_BMGK, v_BMGK, valid_BM = cache
+        state = AttentionState(k_BMGK, v_BMGK, valid_BM, last_token(position_BT) + 1)
+        return state, self.out(y_BTHK.reshape(*x_BTD.shape[:2], -1))
+
+    def _attend(self, axis_name, q_BTHK, k_BTGK, v_BTGK, k_BMGK, v_BMGK, valid_BM, reset_BT, bias):
+        """Outputs, and the next cache: keys, values, and which of them are valid."""
+        dtype = q_BTHK.dtype
+        if axis_name is not None:
+            return self._attend_on_a_ring(
+                axis_name, q_BTHK, k_BTGK, v_BTGK, k_BMGK, v_BMGK, valid_BM, reset_BT, bias
+            )
+        k_BJGK = jnp.concatenate([k_BMGK.astype(dtype), k_BTGK], 1)
+        v_BJGK = jnp.concatenate([v_BMGK.astype(dtype), v_BTGK], 1)
         id_BT = document_ids(reset_BT)
-        id_BJ = jnp.concatenate([jnp.where(state.valid_BM, 0, -1), id_BT], 1)
-        slopes_H = self.config.position.slopes(self.config.heads)
+        id_BJ = jnp.concatenate([jnp.where(valid_BM, 0, -1), id_BT], 1)
         y_BTHK = attention(
             q_BTHK,
             k_BJGK,
             v_BJGK,
             window=self.reach,
             segment_ids=(id_BT, id_BJ),
-            bias=None if slopes_H is None else jnp.asarray(slopes_H, jnp.float32),
+            bias=bias,
             impl=self.config.impl,
         )
-        state = self._next_state(k_BJGK, v_BJGK, id_BJ, position_BT)
-        return state, self.out(y_BTHK.reshape(*x_BTD.shape[:2], -1))
+        last = slice(k_BJGK.shape[1] - (self.reach - 1), None)
+        valid_BM = id_BJ[:, last] == id_BJ[:, -1:]
+        return y_BTHK, *_cache(k_BJGK[:, last], v_BJGK[:, last], valid_BM)
 
-    def _next_state(self, k_BJGK, v_BJGK, id_BJ, position_BT) -> AttentionState:
-        keep = slice(k_BJGK.shape[1] - (self.reach - 1), None)
-        valid_BM = id_BJ[:, keep] == id_BJ[:, -1:]
-        k_BMGK, v_BMGK = (
-            jnp.where(valid_BM[..., None, None], a[:, keep], 0).astype(jnp.float32)
-            for a in (k_BJGK, v_BJGK)
+    def _attend_on_a_ring(
+        self, axis_name, q_BTHK, k_BTGK, v_BTGK, k_BMGK, v_BMGK, valid_BM, reset_BT, bias
+    ):
+        """`_attend` where tokens are split over devices."""
+        id_BT = context_parallel.document_numbers(reset_BT, axis_name=axis_name)
+        id_BM = jnp.where(valid_BM, 0, -1)
+        y_BTHK = ring_attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            axis_name=axis_name,
+            window=self.reach,
+            segment_ids=id_BT,
+            bias=bias,
+            cache=Cache(k_BMGK, v_BMGK, id_BM) if self.reach > 1 else None,
+            impl=self.config.impl,
         )
-        return AttentionState(k_BMGK, v_BMGK, valid_BM, position_BT[:, -1] + 1)
+        if self.reach == 1:
+            return y_BTHK, k_BMGK, v_BMGK, valid_BM
+        k_BMGK, v_BMGK, id_BM = (
+            context_parallel.last_tokens(old, new, axis_name=axis_name)
+            for old, new in ((k_BMGK, k_BTGK), (v_BMGK, v_BTGK), (id_BM, id_BT))
+        )
+        last_B = context_parallel.of_last(id_BT[:, -1], axis_name)
+        return y_BTHK, *_cache(k_BMGK, v_BMGK, id_BM == last_B[:, None])
 
     def memory_report(
         self, segment: int = 1024, state: AttentionState | None = None
@@ -141,3 +179,9 @@ class AttentionMixer(SequenceMixer):
         flops = projection_flops(self) + 4.0 * seen * self.config.heads * self.size
         telemetry = {} if state is None else {"slot_use": state.valid_BM.mean()}
         return MemoryReport(state_bytes(self), flops, 0.0, telemetry)
+
+
+def _cache(k_BMGK: jax.Array, v_BMGK: jax.Array, valid_BM: jax.Array):
+    """Keys and values, zero where they are not of the document that goes on."""
+    kept = (jnp.where(valid_BM[..., None, None], a, 0) for a in (k_BMGK, v_BMGK))
+    return *(a.astype(jnp.float32) for a in kept), valid_BM

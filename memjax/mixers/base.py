@@ -51,7 +51,14 @@ class MixerConfig:
 
 
 class SequenceMixer(nnx.Module):
-    """A token mixer with explicit state."""
+    """A token mixer with explicit state.
+
+    splits_tokens: whether it looks along tokens through `memjax.ops`, `ShortConv` and `positions`
+        alone, so that it runs where tokens are split over devices. Any other mixer runs there too,
+        one shard after the other.
+    """
+
+    splits_tokens: ClassVar[bool] = False
 
     @abstractmethod
     def init_state(self, batch: int) -> State:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from memjax.config import check_at_least
-from memjax.layers import Linear, ShortConv
+from memjax.layers import Linear, ShortConv, halves
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -45,6 +45,8 @@ class BaseConvMixer(SequenceMixer):
     Source: arXiv:2402.18668, Sec. 4, and its released code for what the text leaves open.
     """
 
+    splits_tokens = True
+
     def __init__(self, config: BaseConv, d_model: int, *, rngs: nnx.Rngs):
         self.config = config
         self.size = config.expand * d_model
@@ -62,7 +64,7 @@ class BaseConvMixer(SequenceMixer):
         x_BTD: Float[Array, "B T D"],
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[BaseConvState, Float[Array, "B T D"]]:
-        u_BTF, gate_BTF = jnp.split(self.into(x_BTD), 2, -1)
+        u_BTF, gate_BTF = halves(self.into, x_BTD)
         tail_BMF, u_BTF = self.conv(state.tail_BMF, u_BTF, reset_BT)
         return BaseConvState(tail_BMF), self.out(jax.nn.silu(u_BTF) * gate_BTF)
 

@@ -17,7 +17,7 @@ from memjax.mixers.base import (
     state_bytes,
 )
 from memjax.mixers.streams import split_heads
-from pallas_kernels import taylor_attention
+from memjax.ops import taylor_attention
 from pallas_kernels.taylor_attention import feature_count
 
 
@@ -58,6 +58,8 @@ class BasedMixer(SequenceMixer):
     `pallas_kernels.taylor_attention`).
     Source: arXiv:2402.18668, Sec. 4.
     """
+
+    splits_tokens = True
 
     def __init__(self, config: Based, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)

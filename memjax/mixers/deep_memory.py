@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from memjax.config import FieldError, check, check_at_least
 from memjax.layers import Linear, ShortConv, check_heads, l2_normalise
+from memjax.ops import neural_memory
 from memjax.positions import Position, Rotary
 from pallas_kernels.dispatch import resolve
 from pallas_kernels.neural_memory import (
@@ -23,7 +24,6 @@ from pallas_kernels.neural_memory import (
     Rule,
     WeightDecay,
     init_neural_memory,
-    neural_memory,
     read,
     whole_blocks,
 )

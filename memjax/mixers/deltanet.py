@@ -18,7 +18,7 @@ from memjax.mixers.base import (
     state_bytes,
 )
 from memjax.mixers.streams import Readout, Stream, split_heads
-from pallas_kernels import delta_rule
+from memjax.ops import delta_rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,8 @@ class DeltaNetMixer(SequenceMixer):
     State: the memory, float32 [B, H, K, V], and the tails of the convolutions.
     Source: arXiv:2406.06484, Secs. 2.2 and 3.3.
     """
+
+    splits_tokens = True
 
     def __init__(self, config: DeltaNet, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)

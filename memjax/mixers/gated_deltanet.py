@@ -19,7 +19,7 @@ from memjax.mixers.base import (
     state_bytes,
 )
 from memjax.mixers.streams import Readout, Stream, split_heads
-from pallas_kernels import delta_rule
+from memjax.ops import delta_rule
 
 KEY_RATIO = 0.75
 VALUES_PER_KEY = 2
@@ -73,6 +73,8 @@ class GatedDeltaNetMixer(SequenceMixer):
     State: the memory, float32 [B, H, K, V], and the tails of the convolutions.
     Source: arXiv:2412.06464, Eq. 10 and Sec. 3.4. Paper: alpha = decay.
     """
+
+    splits_tokens = True
 
     def __init__(self, config: GatedDeltaNet, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)

@@ -18,7 +18,7 @@ from memjax.mixers.base import (
     state_bytes,
 )
 from memjax.mixers.streams import Readout, split_heads
-from pallas_kernels import linear_attention
+from memjax.ops import linear_attention
 
 GATE_TEMPERATURE = 16.0
 
@@ -65,6 +65,8 @@ class GLAMixer(SequenceMixer):
     State: the memory, float32 [B, H, K, V], zero at the start of a document.
     Source: arXiv:2312.06635, Eq. 3 and Sec. 4.4. Paper: alpha = decay, tau = 16.
     """
+
+    splits_tokens = True
 
     def __init__(self, config: GLA, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)

@@ -18,7 +18,7 @@ from memjax.mixers.base import (
     state_bytes,
 )
 from memjax.mixers.streams import split_heads
-from pallas_kernels import linear_attention
+from memjax.ops import linear_attention
 
 NO_BOUND = -100.0  # a logit whose sigmoid adds nothing to any gate in float32
 
@@ -64,6 +64,8 @@ class HGRN2Mixer(SequenceMixer):
     Source: arXiv:2404.07904, Eqs. 4 to 6; bounds of arXiv:2311.04823, Eq. 5.
     Paper: f = forget, gamma = bound, o = q.
     """
+
+    splits_tokens = True
 
     def __init__(self, config: HGRN2, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)

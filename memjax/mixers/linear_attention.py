@@ -17,7 +17,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
-from pallas_kernels import linear_attention
+from memjax.ops import linear_attention
 
 GATE_TEMPERATURE = 16.0
 GATE_RANK = 16
@@ -62,6 +62,8 @@ class LinearAttentionMixer(SequenceMixer):
     State: the memory, float32 [B, H, K, V], zero at the start of a document.
     Source: arXiv:2006.16236 without feature map and normaliser; gates of arXiv:2312.06635, Sec. 4.
     """
+
+    splits_tokens = True
 
     def __init__(self, config: LinearAttention, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)

@@ -17,7 +17,7 @@ from memjax.mixers.base import (
     state_bytes,
 )
 from memjax.mixers.streams import split_heads
-from pallas_kernels import linear_attention
+from memjax.ops import linear_attention
 
 NORMALISER_EPS = 1e-6
 
@@ -60,6 +60,8 @@ class LinearTransformerMixer(SequenceMixer):
     of 1 beside those of v_t would write.
     Source: arXiv:2006.16236, Eqs. 7 and 18 to 20.
     """
+
+    splits_tokens = True
 
     def __init__(self, config: LinearTransformer, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)

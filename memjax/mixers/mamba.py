@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from memjax.config import check_at_least
-from memjax.layers import Linear, ShortConv, dot_transposed
+from memjax.layers import Linear, ShortConv, dot_transposed, halves
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -18,7 +18,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
-from pallas_kernels import selective_scan
+from memjax.ops import selective_scan
 
 SHORTEST_STEP, LONGEST_STEP, STEP_FLOOR = 1e-3, 1e-1, 1e-4
 CHANNELS_PER_RANK = 16
@@ -65,6 +65,8 @@ class MambaMixer(SequenceMixer):
     Differs from paper: W_out does not start smaller in deeper models.
     """
 
+    splits_tokens = True
+
     def __init__(self, config: Mamba, d_model: int, *, rngs: nnx.Rngs):
         self.config = config
         self.channels = channels = config.expand * d_model
@@ -96,7 +98,7 @@ class MambaMixer(SequenceMixer):
         x_BTD: Float[Array, "B T D"],
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[MambaState, Float[Array, "B T D"]]:
-        u_BTE, gate_BTE = jnp.split(self.into(x_BTD), 2, -1)
+        u_BTE, gate_BTE = halves(self.into, x_BTD)
         tail_BME, u_BTE = self.conv(state.tail_BME, u_BTE, reset_BT)
         u_BTE = jax.nn.silu(u_BTE)
         cuts = (self.rank, self.rank + self.config.states)

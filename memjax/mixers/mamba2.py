@@ -19,7 +19,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
-from pallas_kernels import linear_attention
+from memjax.ops import linear_attention
 
 STEP_RANGE = (1e-3, 1e-1)
 STEP_FLOOR = 1e-4
@@ -82,6 +82,8 @@ class Mamba2Mixer(SequenceMixer):
     Source: arXiv:2405.21060, Listing 1, Sec. 7. Paper: N = K, P = V, A = -exp(log_rate),
     Delta = step, D = skip.
     """
+
+    splits_tokens = True
 
     def __init__(self, config: Mamba2, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)

@@ -13,8 +13,9 @@ from memjax.mixers.base import MemoryReport, SequenceMixer, projection_flops, st
 from memjax.mixers.deep_memory import FORGET_BIAS, MOMENTUM_BIAS, RATE_BIAS, telemetry
 from memjax.mixers.miras_config import MirasConfig
 from memjax.mixers.streams import Readout, Stream, split_heads
+from memjax.ops import last_token, neural_memory
 from memjax.positions import apply_position, positions
-from pallas_kernels.neural_memory import NeuralMemoryState, init_neural_memory, neural_memory
+from pallas_kernels.neural_memory import NeuralMemoryState, init_neural_memory
 
 THRESHOLD_BIAS = math.log(math.e - 1)  # a softplus of 1
 
@@ -47,6 +48,8 @@ class MirasMixer(SequenceMixer):
     the LayerNorm of the memory adds 1 to the variance; RMSNorm for the outer one; the choices say
     what else differs.
     """
+
+    splits_tokens = True
 
     def __init__(self, config: MirasConfig, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)
@@ -119,7 +122,7 @@ class MirasMixer(SequenceMixer):
             impl=config.impl,
         )
         y_BTD = self.readout(o_BTHV, x_BTD)
-        position_B = position_BT[:, -1] + 1
+        position_B = last_token(position_BT) + 1
         return MirasState(memory, query_tail, key_tail, value_tail, position_B), y_BTD
 
     def _gates(self, x_BTD: jax.Array) -> dict[str, jax.Array]:

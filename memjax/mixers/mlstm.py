@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, ShortConv, dot_transposed, normal
+from memjax.layers import Linear, ShortConv, dot_transposed, halves, normal
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -18,7 +18,8 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
-from pallas_kernels import MLSTMMemory, mlstm
+from memjax.ops import mlstm
+from pallas_kernels import MLSTMMemory
 
 FORGET_RANGE = (3.0, 6.0)
 INPUT_STD = 0.1
@@ -119,6 +120,8 @@ class MLSTMMixer(SequenceMixer):
     N(0, 0.02) at any depth (the released code: 2 / layers / sqrt(d_model)).
     """
 
+    splits_tokens = True
+
     def __init__(self, config: MLSTM, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)
         self.config = config
@@ -165,7 +168,7 @@ class MLSTMMixer(SequenceMixer):
         x_BTD: Float[Array, "B T D"],
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[MLSTMState, Float[Array, "B T D"]]:
-        u_BTE, z_BTE = jnp.split(self.up(x_BTD), 2, -1)
+        u_BTE, z_BTE = halves(self.up, x_BTD)
         tail_BMF, c_BTE = self.conv(state.tail_BMF, u_BTE, reset_BT)
         c_BTE = jax.nn.silu(c_BTE)
         u_BTHK, c_BTHK = (

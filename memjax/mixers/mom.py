@@ -19,7 +19,7 @@ from memjax.mixers.base import (
 )
 from memjax.mixers.mom_gates import GATES
 from memjax.mixers.streams import Readout, Stream, split_heads
-from pallas_kernels import delta_rule, linear_attention
+from memjax.ops import delta_rule, linear_attention
 
 DELTA_RULES = ("gated_delta", "delta")
 
@@ -94,6 +94,8 @@ class MoMMixer(SequenceMixer):
     convolves what was packed by memory, across memories and against time. Keys and values of each
     memory have convolutions of their own. The loss is balanced layer by layer.
     """
+
+    splits_tokens = True
 
     def __init__(self, config: MoM, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)

@@ -18,8 +18,8 @@ from memjax.mixers.base import (
     state_bytes,
 )
 from memjax.mixers.streams import Readout, split_heads
+from memjax.ops import last_token, linear_attention
 from memjax.positions import PositionField, Rotary, apply_position, positions
-from pallas_kernels import linear_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,8 @@ class RetNetMixer(SequenceMixer):
     does not see the scale of a row, it changes nothing.
     """
 
+    splits_tokens = True
+
     def __init__(self, config: RetNet, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)
         self.config = config
@@ -119,7 +121,7 @@ class RetNetMixer(SequenceMixer):
             impl=config.impl,
         )
         y_BTD = self.readout(o_BTHV, x_BTD)
-        return RetNetState(memory_BHKV, position_BT[:, -1] + 1), y_BTD
+        return RetNetState(memory_BHKV, last_token(position_BT) + 1), y_BTD
 
     def memory_report(self, segment: int = 1024, state: RetNetState | None = None) -> MemoryReport:
         recurrence = 4.0 * self.config.heads * self.key_size * self.value_size

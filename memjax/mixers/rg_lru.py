@@ -18,7 +18,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
-from pallas_kernels import diagonal_scan
+from memjax.ops import diagonal_scan
 
 DECAY_POWER = 8.0
 SHORTEST_DECAY, LONGEST_DECAY = 0.9, 0.999
@@ -71,6 +71,8 @@ class RGLRUMixer(SequenceMixer):
     Differs from paper: as in its authors' released code, the slope of the square root is at most
     1,000. Unlike there, a document's first token is scaled by sqrt(1 - a^2) as all others.
     """
+
+    splits_tokens = True
 
     def __init__(self, config: RGLRU, d_model: int, *, rngs: nnx.Rngs):
         self.config = config

@@ -43,6 +43,8 @@ class TitansLMMMixer(SequenceMixer):
     projection; neither is spelt out there).
     """
 
+    splits_tokens = True
+
     def __init__(self, config: TitansLMM, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)
         self.config = config

@@ -23,6 +23,7 @@ from memjax.mixers.deep_memory import (
     telemetry,
 )
 from memjax.mixers.persistent import WindowAttention, WindowState
+from memjax.ops import read_in_turns
 from memjax.positions import PositionField, Rotary
 
 
@@ -67,6 +68,8 @@ class TitansMAGMixer(SequenceMixer):
     the start of the stream; its learned initial weights stand in for what it would have learned.
     """
 
+    splits_tokens = True
+
     def __init__(self, config: TitansMAG, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)
         self.config = config
@@ -92,7 +95,7 @@ class TitansMAGMixer(SequenceMixer):
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[TitansMAGState, Float[Array, "B T D"]]:
         memory, o_BTHV = self.memory(state.memory, x_BTD, reset_BT, impl=self.config.impl)
-        window, near_BTD = self.attention(state.window, x_BTD, reset_BT)
+        window, near_BTD = read_in_turns(self.attention, state.window, x_BTD, reset_BT)
         far_BTD = self.memory_norm(o_BTHV.reshape(x_BTD.shape))
         y_BTD = self.out(self.attention_norm(near_BTD) * jax.nn.silu(far_BTD))
         return TitansMAGState(memory, window), y_BTD

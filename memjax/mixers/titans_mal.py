@@ -22,6 +22,7 @@ from memjax.mixers.deep_memory import (
 )
 from memjax.mixers.persistent import WindowAttention, WindowState
 from memjax.mixers.titans_lmm import TitansLMM, TitansLMMMixer
+from memjax.ops import read_in_turns
 from memjax.positions import PositionField, Rotary
 
 
@@ -65,6 +66,8 @@ class TitansMALMixer(SequenceMixer):
     RMSNorm between the two, as before every layer.
     """
 
+    splits_tokens = True
+
     def __init__(self, config: TitansMAL, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)
         self.config = config
@@ -91,7 +94,8 @@ class TitansMALMixer(SequenceMixer):
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[TitansMALState, Float[Array, "B T D"]]:
         memory, far_BTD = self.memory(state.memory, x_BTD, reset_BT)
-        window, near_BTD = self.attention(state.window, self.norm(far_BTD), reset_BT)
+        in_BTD = self.norm(far_BTD)
+        window, near_BTD = read_in_turns(self.attention, state.window, in_BTD, reset_BT)
         return TitansMALState(memory, window), self.out(near_BTD)
 
     def memory_report(

@@ -17,9 +17,9 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
-from memjax.positions import Rotary, apply_position
-from pallas_kernels import ttt_linear, ttt_mlp
-from pallas_kernels.blocks import BlockState, place_in_block
+from memjax.ops import ttt_linear, ttt_mlp
+from memjax.positions import Rotary, apply_position, positions
+from pallas_kernels.blocks import BlockState
 from pallas_kernels.ttt import LinearMemory, MLPMemory, Norm, init_ttt
 
 Implementation = Literal["auto", "reference", "xla", "tpu", "gpu"]
@@ -137,9 +137,7 @@ class _Backbone(nnx.Module):
             streams.append(stream_BTD)
         streams.append(self.value(x_BTD))
         q_BTHK, k_BTHK, v_BTHK = (x.reshape(*x.shape[:2], config.heads, -1) for x in streams)
-        place_BT = place_in_block(
-            state.memory.count_B, reset_BT, x_BTD.shape[1], config.update_every
-        )
+        place_BT = positions(state.memory.count_B, reset_BT) % config.update_every
         position = Rotary(base=config.rotary_base)
         gate_BTH = jax.nn.sigmoid(self.rate(x_BTD).astype(jnp.float32))
         rate_BTH = config.base_rate / q_BTHK.shape[-1] * gate_BTH
@@ -182,6 +180,8 @@ class TTTLinearMixer(SequenceMixer):
     channels.
     """
 
+    splits_tokens = True
+
     def __init__(self, config: TTTLinear, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)
         self.config, self.d_model = config, d_model
@@ -223,6 +223,8 @@ class TTTMLPMixer(SequenceMixer):
     Differs from paper: as `TTTLinearMixer`; U starts from N(0, 0.02) at any depth of the model, as
     the text has it (the released code divides by sqrt(2 layers)).
     """
+
+    splits_tokens = True
 
     def __init__(self, config: TTTMLP, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)

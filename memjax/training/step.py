@@ -10,6 +10,7 @@ memory is threaded through them and the gradient flows through all of them. What
 left is a constant: this is the one place that cuts the gradient.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -99,19 +100,31 @@ def make_trainer(experiment: Experiment, vocab_size: int, mesh: Mesh | None = No
     definition = _definition(experiment, vocab_size)
     options = compiler_options()
     step = jax.jit(
-        make_step(experiment, definition, optimizer, schedule, mesh.size),
+        on_mesh(make_step(experiment, definition, optimizer, schedule, mesh.size), mesh),
         donate_argnums=0,
+        in_shardings=(placed, sharding.batch(mesh)),
         out_shardings=(placed, sharding.replicated(mesh)),
         compiler_options=options,
     )
-    init = jax.jit(make, out_shardings=placed, compiler_options=options)
+    init = jax.jit(on_mesh(make, mesh), out_shardings=placed, compiler_options=options)
     return Trainer(definition, init, step, abstract, mesh)
+
+
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """The function, traced for `mesh`."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with sharding.over(mesh):
+            return function(*args)
+
+    return traced
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows as part of the global batch, on the devices."""
-    rows = sharding.lanes(mesh)
-    return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+    place = sharding.batch(mesh)
+    return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
 
 
 def make_step(
@@ -221,7 +234,8 @@ def _read(
         return sums, state
 
     def cut(x_BT):
-        return jnp.swapaxes(x_BT.reshape(x_BT.shape[0], horizon, -1), 0, 1)
+        x_NBT = jnp.swapaxes(x_BT.reshape(x_BT.shape[0], horizon, -1), 0, 1)
+        return sharding.constrain(x_NBT, None, "lanes", "tokens")
 
     segments = (jax.tree.map(cut, batch), jax.random.split(key, horizon))
     state, sums = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), state, segments)
@@ -302,7 +316,7 @@ def _shardings(mesh: Mesh, axes: dict, shapes: TrainState) -> Any:
     return TrainState(
         params=params,
         opt_state=jax.tree_util.tree_map_with_path(of_moment, shapes.opt_state),
-        memory=jax.tree.map(lambda _: sharding.lanes(mesh, LANE_AXIS), shapes.memory),
+        memory=sharding.states(mesh, shapes.memory),
         ema=() if shapes.ema == () else params,
         step=everywhere,
         skipped=everywhere,
@@ -312,10 +326,12 @@ def _shardings(mesh: Mesh, axes: dict, shapes: TrainState) -> Any:
 
 
 def _check_rows(experiment: Experiment, mesh: Mesh) -> None:
-    rows, parts = experiment.data.batch, experiment.train.accumulate * mesh.size
+    sharding.check_tokens(mesh, experiment.data.sequence)
+    devices = sharding.axis_size(mesh, "lanes")
+    rows, parts = experiment.data.batch, experiment.train.accumulate * devices
     if rows % parts:
         raise ConfigError(
             f"config.data.batch={rows} must be a multiple of train.accumulate="
-            f"{experiment.train.accumulate} times {mesh.size} devices; try "
+            f"{experiment.train.accumulate} times {devices} devices; try "
             f"{-(-rows // parts) * parts}"
         )

@@ -11,14 +11,27 @@ state take turns.
 """
 
 from pallas_kernels.context_parallel.affine import delta_rule, linear_attention, selective_scan
-from pallas_kernels.context_parallel.tokens import document_numbers, exchange_tail
+from pallas_kernels.context_parallel.scans import diagonal_scan, mlstm, taylor_attention
+from pallas_kernels.context_parallel.tokens import (
+    document_numbers,
+    exchange_tail,
+    last_tokens,
+    of_last,
+    positions,
+)
 from pallas_kernels.context_parallel.turns import in_turn
 
 __all__ = [
     "delta_rule",
+    "diagonal_scan",
     "document_numbers",
     "exchange_tail",
     "in_turn",
+    "last_tokens",
     "linear_attention",
+    "mlstm",
+    "of_last",
+    "positions",
     "selective_scan",
+    "taylor_attention",
 ]

@@ -54,7 +54,7 @@ def linear_attention(
 
     state_BHKV = _initial(initial_state, nothing_BHKV)
     summary = (through_BHK1, written_BHKV)
-    entering_BHKV, last_BHKV = _fold(apply, summary, state_BHKV, axis_name)
+    entering_BHKV, last_BHKV = fold(apply, summary, state_BHKV, axis_name)
     q_BTHK = jnp.repeat(q, heads // q.shape[2], axis=2)
     read = (q_BTHK * enter_BTHK).astype(q.dtype)
     o_BTHV = o_BTHV + scale * _read(read, entering_BHKV, dtype)
@@ -104,7 +104,7 @@ def delta_rule(
         return carried + summary[..., :value_size]
 
     state_BHKV = _initial(initial_state, nothing_BHKV)
-    entering_BHKV, last_BHKV = _fold(apply, after, state_BHKV, axis_name)
+    entering_BHKV, last_BHKV = fold(apply, after, state_BHKV, axis_name)
     return (o_BTHV + _read(read_BTHK, entering_BHKV, dtype)).astype(q.dtype), last_BHKV
 
 
@@ -144,7 +144,7 @@ def selective_scan(
 
     state_BEN = _initial(initial_state, nothing_BEN)
     summary = (jnp.exp(exponent_BEN), written_BEN)
-    entering_BEN, last_BEN = _fold(apply, summary, state_BEN, axis_name)
+    entering_BEN, last_BEN = fold(apply, summary, state_BEN, axis_name)
     y_BTE, _ = whole(x, dt, A, B, C, D, entering_BEN, reset, chunk=chunk, impl=impl)
     return y_BTE, last_BEN
 
@@ -172,14 +172,15 @@ def _read(q_BTHK: jax.Array, state_BHKV: jax.Array, dtype) -> jax.Array:
     return jnp.einsum("bthk,bhkv->bthv", q_BTHK, state_BHKV, preferred_element_type=dtype)
 
 
-def _fold(apply, summary, state, axis_name: str):
+def fold(apply, summary, state, axis_name: str):
     """The state that enters this shard, and the one behind the last, the same on all devices."""
     me = lax.axis_index(axis_name)
     summaries = lax.all_gather(summary, axis_name)
 
     def one_shard(state, indexed):
         index, summary = indexed
-        return jnp.where(index < me, apply(summary, state), state), None
+        after = apply(summary, state)
+        return jax.tree.map(lambda x, y: jnp.where(index < me, x, y), after, state), None
 
     size = lax.axis_size(axis_name)
     entering, _ = lax.scan(one_shard, state, (jnp.arange(size), summaries))

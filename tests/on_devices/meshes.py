@@ -1,0 +1,228 @@
+"""Training on a mesh is training on one device: losses, gradients and carried states.
+
+Batches are packed documents with resets anywhere, and memory is carried from step to step, so that
+gradients reach initial states and nothing may cross a document. The optimizer's first moments
+after one step are 1 - beta1 times the gradients. Float32: sums in another order differ by 1e-7 of
+their terms; losses are compared to 1e-5 of their value, arrays to 2e-5 of their largest element.
+"""
+
+import dataclasses
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+
+from memjax.collectives import collectives, compile_step
+from memjax.config import ConfigError
+from memjax.data import Data
+from memjax.experiment import Experiment
+from memjax.memory import RecurrentTokens
+from memjax.mixers import LSTM, MIXERS, Attention, GatedDeltaNet, Mamba, TTTLinear
+from memjax.model import Model
+from memjax.sharding import Mesh
+from memjax.training.config import Optimizer, Train
+from memjax.training.step import make_trainer, put_batch
+
+VOCAB, ROWS, LENGTH, WIDTH, STEPS = 32, 8, 32, 32, 5
+
+MESHES = {
+    "data8": Mesh(data=8),
+    "fsdp8": Mesh(data=1, fsdp=8),
+    "tensor4": Mesh(data=1, tensor=4),
+    "context8": Mesh(data=1, context=8),
+    "data2-context4": Mesh(data=2, context=4),
+    "data2-fsdp2-tensor2": Mesh(data=2, fsdp=2, tensor=2),
+    "fsdp2-tensor2-context2": Mesh(data=1, fsdp=2, tensor=2, context=2),
+}
+# A mixer of every way to split tokens: a ring, summaries, turns of an operation and of a mixer.
+HYBRID = Model(
+    d_model=WIDTH,
+    pattern=("attention", "gated_deltanet", "mamba", "ttt_linear", "lstm"),
+    repeat=1,
+    mixers={
+        "attention": Attention(heads=4, kv_heads=2, window=11),
+        "gated_deltanet": GatedDeltaNet(chunk=8),
+        "mamba": Mamba(states=4, chunk=8),
+        "ttt_linear": TTTLinear(update_every=4),
+        "lstm": LSTM(unroll=1),
+    },
+)
+LINEAR = Model(d_model=WIDTH, pattern=("linear_attention",), repeat=1)
+
+
+def experiment(model, mesh=Mesh(data=1), sequence=LENGTH, **train):
+    return Experiment(
+        model=model,
+        data=Data(sequence=sequence, batch=ROWS, stream="documents"),
+        optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup=0),
+        train=Train(**{"carry": True, "steps": 100, **train}),
+        mesh=mesh,
+    )
+
+
+def batch(seed, tokens):
+    generator = np.random.default_rng(seed)
+    shape = (ROWS, tokens)
+    return {
+        "tokens_BT": generator.integers(0, VOCAB, shape).astype(np.int32),
+        "targets_BT": generator.integers(0, VOCAB, shape).astype(np.int32),
+        "weight_BT": (generator.random(shape) < 0.9).astype(np.float32),
+        "reset_BT": generator.random(shape) < 0.05,
+    }
+
+
+def on_host(state):
+    return jax.device_get(state._replace(rng=()))
+
+
+COMPILATIONS = []
+
+
+def _listen(event, *_, **__):
+    if "backend_compile" in event:
+        COMPILATIONS.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def run(config, start=None):
+    """Losses of the steps, the state after the first and the last, and the one at the start."""
+    trainer = make_trainer(config, VOCAB)
+    if start is None:
+        state = trainer.init()
+        start = on_host(state)
+    else:
+        placed = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)
+        rng = jax.device_put(jax.random.key(config.train.seed), placed.rng)
+        state = jax.device_put(start, placed._replace(rng=()))._replace(rng=rng)
+    losses, first = [], None
+    for step in range(STEPS):
+        one = batch(step, LENGTH * config.train.horizon)
+        state, metrics = trainer.step(state, put_batch(one, trainer.mesh))
+        losses.append(float(metrics.loss))
+        if step == 0:
+            first, count = on_host(state), len(COMPILATIONS)
+    assert len(COMPILATIONS) == count, "the step was compiled again"
+    for want, leaf in zip(jax.tree.leaves(trainer.abstract), jax.tree.leaves(state), strict=True):
+        assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
+    return losses, first, on_host(state), start
+
+
+def assert_same(got, want):
+    paths = jax.tree_util.tree_leaves_with_path(want)
+    for leaf, (path, whole) in zip(jax.tree.leaves(got), paths, strict=True):
+        scale = max(np.abs(whole).max(initial=0), 1e-6)
+        error = np.abs(np.asarray(leaf, np.float64) - whole).max(initial=0)
+        assert error <= 2e-5 * scale, (jax.tree_util.keystr(path), error, scale)
+
+
+def compare(model, meshes, **train):
+    losses, first, last, start = run(experiment(model, **train))
+    for name in meshes:
+        got = run(experiment(model, MESHES[name], **train), start)
+        np.testing.assert_allclose(got[0], losses, rtol=1e-5, err_msg=name)
+        assert_same(got[1].opt_state, first.opt_state)
+        assert_same(got[1].memory, first.memory)
+        assert_same(got[2].memory, last.memory)
+
+
+def test_every_way_to_split_a_step_gives_the_same_numbers():
+    compare(HYBRID, ("data2-fsdp2-tensor2", "fsdp2-tensor2-context2"))
+
+
+def test_accumulation_and_a_horizon_compose_with_a_split_sequence():
+    compare(LINEAR, ("data2-context4",), accumulate=2, horizon=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MIXERS)
+def test_every_kind_on_every_mesh_gives_the_same_numbers(kind):
+    compare(Model(d_model=WIDTH, pattern=(kind,), repeat=1), MESHES)
+
+
+@pytest.mark.slow
+def test_memory_tokens_on_a_mesh_give_the_same_numbers():
+    memory = RecurrentTokens(slots=2, segment=8)
+    compare(dataclasses.replace(LINEAR, memory=memory), ("data2-context4", "data2-fsdp2-tensor2"))
+
+
+def test_parameters_and_states_are_born_where_they_live():
+    config = experiment(HYBRID, MESHES["fsdp2-tensor2-context2"])
+    trainer = make_trainer(config, VOCAB)
+    state = trainer.init()
+    block = state.params["stack"]["patterns"]["blocks"]["1_gated_deltanet"]
+
+    def part(leaf):
+        return leaf.addressable_shards[0].data.shape
+
+    heads, width = block["mixer"]["query"]["weight"].shape[1:]
+    assert part(block["mixer"]["query"]["weight"]) == (1, heads // 2, width // 2)
+    assert part(state.params["embedding"]) == (VOCAB // 2, WIDTH // 2)
+    memory = state.memory.patterns[1].mixer.memory_BHKV
+    assert part(memory) == (1, ROWS // 2, memory.shape[2] // 2, *memory.shape[3:])
+    cache = state.memory.patterns[0].mixer.k_BMGK
+    assert part(cache) == (1, ROWS // 2, cache.shape[2], 1, cache.shape[4])
+    weight = state.memory.patterns[3].mixer.memory.carry.weight_HKK
+    assert part(weight) == (1, ROWS // 2, 2, *weight.shape[3:])
+    moments = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if "query" in jax.tree_util.keystr(path) and "1_gated" in jax.tree_util.keystr(path)
+    ]
+    assert {part(leaf) for leaf in moments if leaf.ndim == 3} == {(1, heads // 2, width // 2)}
+    one = make_trainer(experiment(HYBRID), VOCAB).init()
+    assert_same(on_host(state).params, on_host(one).params)
+
+
+def test_parameters_are_gathered_in_their_layer_and_again_behind_it():
+    repeat, width = 4, 2 * WIDTH
+    model = dataclasses.replace(LINEAR, d_model=width, repeat=repeat)
+    compiled, mesh = compile_step(experiment(model, MESHES["fsdp8"]), VOCAB)
+    found = collectives(compiled.as_text(), mesh)
+    gathers = [one for one in found if one.kind == "all-gather" and "fsdp" in one.axes]
+    hidden = 2 * model.mlp.width(width)  # of the largest matrix of a layer, the one into the MLP
+    largest = 4 * width * hidden
+    assert max(one.result_bytes for one in gathers) == largest
+    into = [one for one in gathers if one.result_bytes == largest]
+    assert [one.times for one in into] == [repeat, repeat]  # forward and backward, in the loops
+    # Parts of all layers side by side there are, but none of the matrices as they are gathered.
+    assert f"f32[{repeat},{hidden},{width // 8}]" in compiled.as_text()
+    assert f"f32[{repeat},{hidden},{width}]" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "attention"])
+def test_no_device_gathers_the_sequence(kind):
+    mixers = {"attention": Attention(window=9)} if kind == "attention" else {}
+    model = Model(d_model=WIDTH, pattern=(kind,), repeat=1, mixers=mixers)
+
+    def gathered(sequence):
+        compiled, mesh = compile_step(experiment(model, MESHES["context8"], sequence), VOCAB)
+        return sorted(
+            (one.kind, one.times, one.result_bytes)
+            for one in collectives(compiled.as_text(), mesh)
+            if one.kind in ("all-gather", "all-to-all")
+        )
+
+    assert gathered(8 * LENGTH) == gathered(4 * LENGTH)
+
+
+MISTAKES = {
+    "more devices than there are": (dict(data=4, fsdp=4), {}, "data=4 fsdp=4.*one of 1, 2, 4, 8"),
+    "tokens that do not divide": (
+        dict(data=1, context=8),
+        {"sequence": 36},
+        "context=8 must divide data.sequence=36; sizes that fit: 1, 2, 3, 4, 6",
+    ),
+    "rows that do not divide": (dict(data=3), {}, "must be one of|batch=8 must be a multiple"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mesh_that_cannot_be_is_refused_before_anything_is_compiled(name):
+    mesh, fields, message = MISTAKES[name]
+    count = len(COMPILATIONS)
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(experiment(LINEAR, Mesh(**mesh), **fields), VOCAB)
+    assert len(COMPILATIONS) == count
