@@ -20,7 +20,7 @@ from memjax.sweeps.slurm import Slurm
 SETTINGS: dict[str, type] = {"local": Local, "slurm": Slurm, "kubernetes": Kubernetes}
 
 BASH = """\
-# Completion of memjax for bash{note}.
+# Completion of memjax for bash.
 _memjax() {{
   local line="${{COMP_LINE:0:COMP_POINT}}" words current command choices cut
   read -r -a words <<< "$line"
@@ -50,38 +50,72 @@ _memjax() {{
 complete -o nospace -F _memjax memjax"""
 
 ZSH = """\
-autoload -Uz compinit bashcompinit && compinit && bashcompinit
-"""
+#compdef memjax
+# Completion of memjax for zsh.
+(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit }}
+_memjax() {{
+  local current="${{words[CURRENT]}}" command="${{words[2]}}"
+  local -a choices
+  if (( CURRENT == 2 )); then
+    compadd -- {commands}
+    return
+  fi
+  case "$command:$current" in
+{values}
+    *:--*=*)
+      compset -P '*='
+      _files
+      return ;;
+  esac
+  case "$command" in
+{options}
+  esac
+  compadd -S '' -- ${{(M)choices:#*=}}
+  compadd -- ${{choices:#*=}}
+}}
+compdef _memjax memjax"""
 
 
 def script(shell: str, parsers: Mapping[str, argparse.ArgumentParser]) -> str:
     """The script for a shell: "bash", "zsh" or "fish"."""
     if shell == "fish":
         return _fish(parsers)
-    note = ", and for zsh by its bashcompinit" if shell == "zsh" else ""
-    return (ZSH if shell == "zsh" else "") + _bash(parsers, note)
+    return _bash(parsers) if shell == "bash" else _zsh(parsers)
 
 
-def _bash(parsers: Mapping[str, argparse.ArgumentParser], note: str) -> str:
-    options, values = [], []
-    for command, parser in parsers.items():
-        words = " ".join(_words(command, parser))
-        for flag, choices in _choices(parser).items():
-            chosen = " ".join(choices)
-            values.append(
-                f"    {command}:{flag}=*) "
-                f'COMPREPLY=($(compgen -W "{chosen}" -- "${{current#*=}}")); return ;;'
-            )
-        for action in parser._actions:
-            if not action.option_strings and action.choices:
-                words = f"{' '.join(action.choices)} {words}"
-        options.append(f'    {command}) choices="{words}" ;;')
+def _bash(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
+    take = 'COMPREPLY=($(compgen -W "{}" -- "${{current#*=}}")); return ;;'
+    options = [f'    {name}) choices="{_all_words(name, p)}" ;;' for name, p in parsers.items()]
     return BASH.format(
-        note=note,
         commands=" ".join(parsers),
         options="\n".join(options),
-        values="\n".join(values),
+        values="\n".join(_values(parsers, take)),
     )
+
+
+def _zsh(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
+    take = "compset -P '*='; compadd -- {}; return ;;"
+    options = [f"    {name}) choices=({_all_words(name, p)}) ;;" for name, p in parsers.items()]
+    return ZSH.format(
+        commands=" ".join(parsers),
+        options="\n".join(options),
+        values="\n".join(_values(parsers, take)),
+    )
+
+
+def _values(parsers: Mapping[str, argparse.ArgumentParser], take: str) -> Iterator[str]:
+    """A branch for each option with choices; `take` says what the shell does with them."""
+    for command, parser in parsers.items():
+        for flag, choices in _choices(parser).items():
+            yield f"    {command}:{flag}=*) {take.format(' '.join(choices))}"
+
+
+def _all_words(command: str, parser: argparse.ArgumentParser) -> str:
+    words = _words(command, parser)
+    for action in parser._actions:
+        if not action.option_strings and action.choices:
+            words = [*action.choices, *words]
+    return " ".join(words)
 
 
 def _fish(parsers: Mapping[str, argparse.ArgumentParser]) -> str:

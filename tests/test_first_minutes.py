@@ -1,8 +1,11 @@
 """What someone meets first: help, a bare command, narrow terminals, pipes, completion."""
 
+import os
+import pty
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,47 @@ def test_bash_completes_commands_options_fields_choices_and_files(tmp_path, caps
         ["bash", "-c", "\n".join(lines)], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert [line.split() for line in done.stdout.splitlines()] == list(COMPLETED.values())
+
+
+SHELLS = {"bash": ["bash", "--norc", "-i"], "zsh": ["zsh", "-f", "-i"]}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_tab_completes_in_a_real_shell(shell, tmp_path, capsys):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    assert main(["completion", shell]) == 0
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "dumb", "HOME": str(tmp_path), "PS1": "> "}
+    process = subprocess.Popen(
+        SHELLS[shell], stdin=follower, stdout=follower, stderr=follower, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(follower)
+    os.set_blocking(leader, False)
+
+    def appears(text, seconds=30):
+        seen, end = "", time.monotonic() + seconds
+        while text not in seen and time.monotonic() < end:
+            try:
+                seen += os.read(leader, 1 << 16).decode(errors="replace").replace("\a", "")
+            except BlockingIOError:
+                time.sleep(0.05)
+        assert text in seen, seen
+
+    try:
+        os.write(leader, f"source {script}; echo rea''dy\n".encode())
+        appears("ready")
+        for typed, more in (("memjax tr", "ain"), ("memjax train --config.train.ste", "ps=")):
+            os.write(leader, f"{typed}\t".encode())
+            appears(typed + more)
+            os.write(leader, b"\x15")  # clears the line
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

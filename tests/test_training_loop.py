@@ -139,7 +139,7 @@ def test_divergence_ends_the_run_with_one_line_and_saves_nothing_of_it(experimen
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_step_at_hand(experiment, tmp_path, monkeypatch, number, status):
+def test_a_signal_saves_the_step_at_hand(experiment, tmp_path, monkeypatch, capfd, number, status):
     steps, put, before = [], loop.put_batch, signal.getsignal(number)
 
     def put_and_signal(batch, mesh):
@@ -154,6 +154,7 @@ def test_a_signal_saves_the_step_at_hand(experiment, tmp_path, monkeypatch, numb
     assert caught.value.status == status and caught.value.step == 2
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
     assert signal.getsignal(number) is before
+    assert "saves after this step" in capfd.readouterr().err
 
 
 def test_an_error_in_the_loop_saves_the_last_good_step_first(experiment, tmp_path, monkeypatch):

@@ -27,15 +27,15 @@ def get_sweep() -> Sweep:
             tokenizer="bpe",
             vocab_size=1024,
             stream="documents",
-            sequence=64,
-            batch=32,
+            sequence=128,
+            batch=16,
         ),
         optimizer=Optimizer(learning_rate=5e-3, warmup=30),
         train=Train(steps=300),
     )
     return Sweep(
         base=base,
-        points=product(axis("train.carry", True, False), seeds(2)),
+        points=product(seeds(2), axis("train.carry", False, True)),
         evaluate=(
             Evaluate(split="valid", max_documents=2, carry=True),
             Evaluate(split="valid", max_documents=2, carry=False),

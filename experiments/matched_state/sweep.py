@@ -8,7 +8,7 @@ Result:    experiments/matched_state
 
 from memjax.data import Data
 from memjax.experiment import Experiment
-from memjax.mixers import GLA, Attention, GatedDeltaNet, Mamba2, RetNet
+from memjax.mixers import Attention, GatedDeltaNet, Mamba2, RetNet
 from memjax.model import Model
 from memjax.sweeps import Evaluate, Match, Sweep, axis, product, seeds
 from memjax.training.config import Optimizer, Train
@@ -16,7 +16,6 @@ from memjax.training.config import Optimizer, Train
 BACKBONES = {
     "gated_deltanet": GatedDeltaNet(heads=3),
     "attention": Attention(heads=3, window=32),
-    "gla": GLA(heads=3),
     "retnet": RetNet(heads=3),
     "mamba2": Mamba2(head_size=32, state_size=32),
 }
@@ -48,7 +47,7 @@ def get_sweep() -> Sweep:
     models = {kind: model(kind) for kind in BACKBONES}
     return Sweep(
         base=base(),
-        points=product(axis("model", models, name="backbone"), seeds(2)),
+        points=product(seeds(2), axis("model", models, name="backbone")),
         match=Match(by="state"),
         evaluate=(Evaluate(split="valid", max_documents=2),),
     )

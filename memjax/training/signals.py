@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT end a run after the step at hand; a second SIGINT ends it at once."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,10 @@ from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
+
+NOTICE = "memjax: stopping: saves after this step (Ctrl-C again ends it at once)\n"
+PATIENCE_S = 2.0
+SHOW_CURSOR = "\033[?25h"
 
 
 class Stop:
@@ -41,8 +46,34 @@ def caught() -> Iterator[Stop]:
         yield stop
         return
     before = {n: signal.signal(n, stop.handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    ended, (reader, writer) = threading.Event(), os.pipe()
+    os.set_blocking(writer, False)
+    other = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(reader, ended), daemon=True)
+    watcher.start()
     try:
         yield stop
     finally:
+        ended.set()
+        signal.set_wakeup_fd(other)
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
+
+
+def _watch(reader: int, ended: threading.Event) -> None:
+    """Say what a signal does when it comes: its handler waits while XLA compiles, or a step runs.
+
+    A second SIGINT ends the process if its handler has not done so soon.
+    """
+    interrupts = 0
+    while number := os.read(reader, 1):
+        interrupts += number[0] == signal.SIGINT
+        if interrupts < 2:
+            line = ("\n" if os.isatty(2) else "") + NOTICE
+            os.write(2, line.encode())
+        elif not ended.wait(PATIENCE_S):
+            os.write(2, (SHOW_CURSOR if os.isatty(2) else "").encode())
+            os._exit(128 + signal.SIGINT)
