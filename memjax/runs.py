@@ -26,6 +26,8 @@ def _row(run: Path, root: Path) -> dict[str, Any]:
     metrics = run / FILE
     records = read_records(metrics) if metrics.is_file() else []
     last = records[-1] if records else {}
-    row |= {"step": last.get("step", 0), "loss": last.get("loss"), "tokens": last.get("tokens")}
+    saved = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    step = max([last.get("step", 0), *saved])  # records come every few steps, checkpoints between
+    row |= {"step": step, "loss": last.get("loss"), "tokens": last.get("tokens")}
     row["evaluations"] = len(list((run / "eval").glob("*.json")))
     return row

@@ -351,6 +351,28 @@ def test_a_point_of_several_hosts_is_a_job_set_that_can_find_itself():
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": "4"}
 
 
+PODS = {
+    "gpu": dict(gpus=2, cpus=4, memory_gb=8, namespace="lab"),
+    "tpu": dict(tpu="tpu-v5-lite-podslice", topology="2x4"),
+}
+
+
+@pytest.mark.parametrize("version", ["1.29", "1.34"])
+@pytest.mark.parametrize("pod", PODS)
+def test_jobs_are_what_the_published_schema_of_kubernetes_takes(pod, version):
+    schemas = pytest.importorskip("kubernetes_validate")
+    settings = Kubernetes(image="memjax:1", claim="volume", **PODS[pod])
+    several = dataclasses.replace(settings, hosts=4)
+    (job,) = make_manifests("name", "/data/s", ["a", "b"], ["b"], settings)
+    (jobs,) = make_manifests("name", "/data/s", ["a", "b"], ["b"], several)
+    inner = jobs["spec"]["replicatedJobs"][0]["template"]
+    for manifest in (job, {**job, "spec": inner["spec"]}):
+        schemas.validate(manifest, version, strict=True)
+    wrong = {**job, "spec": {**job["spec"], "backofLimit": 1}}
+    with pytest.raises(schemas.ValidationError):
+        schemas.validate(wrong, version, strict=True)
+
+
 @pytest.mark.parametrize("text", ["Carry_or not?", "-x-", "", "ünïcode" * 20])
 def test_names_for_kubernetes_are_names_it_takes(text):
     assert re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", label(text)) and len(label(text)) <= 40

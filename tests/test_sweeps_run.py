@@ -49,10 +49,11 @@ def get_sweep(name):
         return Sweep(base=BASE, points=rates, evaluate=(Evaluate(max_documents=1, split="valid"),))
     if name == "long":
         return Sweep(base=BASE, points=product((Point(LONG),), seeds(2)))
-    if name == "early":
+    if name in ("median", "halving"):
+        rule = Median(start=4, least=2) if name == "median" else Halving(first=4, factor=3)
         rates = axis("optimizer.learning_rate", {{"good": 9e-3, "fair": 7e-3, "poor": 1e-9}})
         points = when(rates, {{"optimizer.learning_rate": 1e-9}}, (Point(LONG),))
-        return Sweep(base=BASE, points=points, stop=Median(start=4, least=2))
+        return Sweep(base=BASE, points=points, stop=rule)
     if name == "search":
         fields = {{"optimizer.learning_rate": Uniform(low=1e-4, high=1e-2, log=True),
                    "model.d_model": Choice((8, 12))}}
@@ -187,13 +188,19 @@ def test_a_point_whose_process_is_gone_is_not_called_running(finished, tmp_path)
         assert directory.state(NAMES[0]) == "running"
 
 
-def test_a_poor_point_ends_early_and_stays_ended(file, tmp_path, capfd):
-    argv = ["sweep", f"--sweep={file}:early", f"--workdir={tmp_path / 'early'}", "--local.jobs=2"]
+@pytest.mark.parametrize("rule", ["median", "halving"])
+def test_a_poor_point_ends_early_and_stays_ended(rule, file, tmp_path, capfd):
+    argv = ["sweep", f"--sweep={file}:{rule}", f"--workdir={tmp_path / rule}", "--local.jobs=2"]
     assert main(argv) == 0
-    directory = Directory(tmp_path / "early")
+    directory = Directory(tmp_path / rule)
     ends = {name.rpartition("=")[2]: state for name, state in states(directory).items()}
-    assert ends == {"good": "done", "fair": "done", "poor": "ended early"}
+    assert ends.pop("poor") == "ended early"
+    assert set(ends.values()) <= ({"done"} if rule == "median" else {"done", "ended early"})
     assert directory.records("learning_rate=poor")[-1]["step"] < 100_000
+    cores = {tuple(directory.status(name)["cores"]) for name in directory.names()}
+    shares = sorted(os.sched_getaffinity(0))
+    if len(shares) > 1:  # both workers had cores of their own
+        assert cores <= {tuple(shares[::2]), tuple(shares[1::2])}
     capfd.readouterr()
     assert main(argv) == 0
     assert "3 of 3 points are done already" in capfd.readouterr().err

@@ -68,6 +68,7 @@ def run_point(folder: Path, name: str, first: bool = True) -> tuple[str, int]:
                 attempts=before["attempts"] + 1,
                 host=socket.gethostname(),
                 pid=os.getpid(),
+                cores=sorted(os.sched_getaffinity(0)),
                 started=start,
                 digest=digest(experiment),
                 error=None,
