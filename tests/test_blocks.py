@@ -111,6 +111,7 @@ CASES = {
     "one lane is all resets": (37, 4, (1, 0, 2), [(1, t) for t in range(37)]),
     "segment shorter than a block": (3, 8, (0, 6, 7), [(2, 2)]),
     "blocks of one token": (9, 1, (0, 0, 0), [(0, 3)]),
+    "rounds of one block": (300, 128, (0, 50, 127), [(0, 5), (1, 0), (1, 130), (2, 299)]),
     "many rounds": (90, 2, (1, 0, 1), [(0, 40), (1, 3), (1, 4), (1, 5), (2, 89)]),
 }
 

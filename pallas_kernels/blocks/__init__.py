@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.blocks.layout import Marks
-from pallas_kernels.blocks.rounds import ROUND, Sizes, run_rounds
+from pallas_kernels.blocks.rounds import Sizes, round_size, run_rounds
 
 
 def _identity(consts: Any, xs: Any, valid_NBC: jax.Array) -> Any:
@@ -106,14 +106,14 @@ def scan_blocks(
     them; 0 for tokens read again. Without them it gets `xs`.
     reset: `[B, T]` bool.
     Differentiable in consts, initial, the state, xs and queries, as deep as the definition is.
-    Memory for the backward pass grows as one carry every `ROUND` blocks, however many documents
-    there are; blocks cut short cost as much as full ones.
+    Memory for the backward pass grows as one carry every `round_size(block)` blocks, however
+    many documents there are; blocks cut short cost as much as full ones.
     """
     batch, tokens = jax.tree.leaves(xs)[0].shape[:2]
     if reset is None:
         reset = jnp.zeros((batch, tokens), bool)
     streams, marks, start_B = join(state, xs, queries, reset, block=block)
-    size = min(ROUND, tokens, -(-tokens // block) + 1)
+    size = min(round_size(block), tokens, -(-tokens // block) + 1)
     sizes = Sizes(block, size, -(-tokens // size), -(-(-(-tokens // block) + 1) // size))
 
     marks = Marks(*(jnp.pad(mark, ((0, 0), (0, size * block))) for mark in marks))

@@ -17,7 +17,7 @@ def scan_carries(step, consts, initial, carry, prepared, full_NB, restart_NB):
     new = step(...) where full, else carry;  carry = initial where restart, else new
 
     The backward pass scans the cotangent of the carry alone. What it needs of the forward pass, and
-    the gradients of everything else, are computed for all blocks at once.
+    the gradients of everything else, are computed for all blocks at once, each of them once.
     """
 
     def one_block(carry, xs):
@@ -43,26 +43,22 @@ def _save(step, consts, initial, carry, prepared, full_NB, restart_NB):
 def _backward(step, residuals, cotangents):
     consts, initial, entering, prepared, full_NB, restart_NB = residuals
     d_carry, d_entering, d_kept = cotangents
-    step = partial(_cast, step)
-
-    def pull_of(carry, prepared):
-        return jax.vjp(lambda carry: step(consts, carry, prepared), carry)[1]
+    kept_N, pull_with = _pulls(partial(_cast, step), consts, entering, prepared)
 
     def one_block(d_left, xs):
-        pull, d_entering, d_kept, full_B, restart_B = xs
+        kept, d_entering, d_kept, full_B, restart_B = xs
         d_new = _masked(full_B & ~restart_B, d_left)
         d_same = _masked(~full_B & ~restart_B, d_left)
-        (d_carry,) = pull((d_new, d_kept))
+        _, d_carry, _ = pull_with(kept)((d_new, d_kept))
         return jax.tree.map(lambda *parts: sum(parts), d_carry, d_same, d_entering), d_left
 
-    xs = (jax.vmap(pull_of)(entering, prepared), d_entering, d_kept, full_NB, restart_NB)
+    xs = (kept_N, d_entering, d_kept, full_NB, restart_NB)
     d_carry, d_left = lax.scan(one_block, d_carry, xs, reverse=True)
 
-    def all_steps(consts, prepared):
-        return jax.vmap(step, (None, 0, 0))(consts, entering, prepared)
-
     d_new = _masked(full_NB & ~restart_NB, d_left)
-    d_consts, d_prepared = jax.vjp(all_steps, consts, prepared)[1]((d_new, d_kept))
+    d_all = jax.vmap(lambda kept, d: pull_with(kept)(d))(kept_N, (d_new, d_kept))
+    d_consts, _, d_prepared = d_all
+    d_consts = jax.tree.map(lambda d: jnp.sum(d, 0), d_consts)
     d_initial = lax.cond(
         jnp.any(restart_NB),
         lambda d_left: _of_initial(initial, _masked(restart_NB, d_left)),
@@ -70,6 +66,32 @@ def _backward(step, residuals, cotangents):
         d_left,
     )
     return d_consts, d_initial, d_carry, d_prepared, None, None
+
+
+def _pulls(step, consts, entering, prepared):
+    """The transpose of every block: what it keeps, `[N, ...]`, and how to make it of one of these.
+
+    What is kept is computed once for both uses, and consts that are among it are not repeated.
+    """
+    shared = jax.tree.leaves(consts)
+    known: list[tuple[Any, list[int | None]]] = []
+
+    def keep(carry, prepared):
+        pull = jax.vjp(step, consts, carry, prepared)[1]
+        leaves, tree = jax.tree.flatten(pull)
+        places = [next((i for i, c in enumerate(shared) if c is leaf), None) for leaf in leaves]
+        known.append((tree, places))
+        return [leaf for leaf, place in zip(leaves, places) if place is None]
+
+    kept_N = jax.vmap(keep)(entering, prepared)
+    tree, places = known[-1]
+
+    def pull_with(kept):
+        own = iter(kept)
+        leaves = [next(own) if place is None else shared[place] for place in places]
+        return jax.tree.unflatten(tree, leaves)
+
+    return kept_N, pull_with
 
 
 def _masked(condition: jax.Array, tree: Any) -> Any:

@@ -24,7 +24,13 @@ from pallas_kernels.blocks.layout import (
     write,
 )
 
-ROUND = 8  # blocks
+MOST_BLOCKS = 8
+ROUND_TOKENS = 128
+
+
+def round_size(block: int) -> int:
+    """Blocks in a round: many of a few tokens, one where that has work enough for a processor."""
+    return min(MOST_BLOCKS, max(1, ROUND_TOKENS // block))
 
 
 class Sizes(NamedTuple):
@@ -48,10 +54,21 @@ def _one_round(body, layout: Layout, consts, initial, carry, blocks):
     # Restarts happen where a block is left, in the same pass over the carry as its update.
     restart_NB = jnp.concatenate([fresh_NB[1:], jnp.zeros_like(fresh_NB[:1])])
     carry = select_leading(fresh_NB[0], initial, carry)
-    carry, entering, kept = scan_carries(
-        body.step, consts, initial, carry, prepared, layout.full_NB, restart_NB
-    )
+    if len(fresh_NB) == 1:
+        carry, entering, kept = _only_block(body, consts, carry, prepared, layout.full_NB)
+    else:
+        carry, entering, kept = scan_carries(
+            body.step, consts, initial, carry, prepared, layout.full_NB, restart_NB
+        )
     return carry, body.finish(consts, entering, prepared, kept)
+
+
+def _only_block(body, consts, carry, prepared, full_1B):
+    """What `scan_carries` gives for one block; its own gradient serves, and repeats nothing."""
+    new, kept = body.step(consts, carry, jax.tree.map(lambda x: x[0], prepared))
+    new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry)
+    entering, kept = jax.tree.map(lambda x: x[None], (carry, kept))
+    return select_leading(full_1B[0], new, carry), entering, kept
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
