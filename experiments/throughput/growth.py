@@ -1,6 +1,6 @@
 """How does the time of a training step grow with its tokens, and that of a token with its position?
 
-Command:   python experiments/throughput/growth.py [--kinds=mamba,mamba2] [--json=growth.json]
+Command:   python experiments/throughput/growth.py [--kinds=mamba,mamba2] [--json=FILE]
 Hardware:  1 CPU core
 Duration:  about half a minute for each kind of mixer
 Result:    backbones.md beside this file
@@ -35,6 +35,7 @@ from memjax.sharding import make_mesh
 from memjax.training.step import make_trainer, put_batch
 
 VOCABULARY = 257
+RESULTS = Path(__file__).parent / "backbones/growth.json"
 LENGTHS = (1024, 4096, 16384)
 POSITIONS = (1000, 50_000)
 SETTINGS = {
@@ -85,8 +86,11 @@ def measure(kind: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kinds", default=",".join(MIXERS))
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "growth.json")
+    parser.add_argument(
+        "--json", type=Path, default=Path(__file__).parent / "backbones/growth.json"
+    )
     options = parser.parse_args()
+    options.json.parent.mkdir(exist_ok=True)
     results = json.loads(options.json.read_text()) if options.json.exists() else {}
     for kind in options.kinds.split(","):
         if kind in results:
