@@ -87,6 +87,6 @@ class Model:
     def mixer(self, name: str) -> MixerConfig:
         """As `plain_mixer`, with what a memory module puts in its place."""
         config = self.plain_mixer(name)
-        if isinstance(self.memory, MixerMemory) and config.kind == "attention":
+        if isinstance(self.memory, MixerMemory) and self.memory.replaces(name, config):
             return self.memory.mixer(config)
         return config

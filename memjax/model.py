@@ -56,7 +56,7 @@ class LanguageModel(nnx.Module):
     def init_state(self, batch: int) -> StackState | SegmentState:
         """The state before the first token of a document; lanes on axis 1 of every leaf."""
         if self.memory is not None:
-            return init_segments(self.memory, self.segment, batch)
+            return init_segments(self.stack, self.memory, self.segment, batch)
         return self.stack.init_state(batch)
 
     def __call__(

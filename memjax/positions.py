@@ -122,7 +122,7 @@ LAP = 4096  # tokens
 
 
 def apply_position(
-    config: Position, x_BTHK: Float[Array, "B T H K"], position_BT: Int[Array, "B T"]
+    config: Position, x_BTHK: Float[Array, "B T H K"], position_BT: Int[Array, "#B T"]
 ) -> Float[Array, "B T H K"]:
     """Queries or keys with their positions worked in; angles in float32."""
     frequency_K = config.frequencies(x_BTHK.shape[-1])

@@ -1,10 +1,10 @@
 """Models whose memory is a few tokens that go from segment to segment.
 
-A segment is `segment` tokens, counted from the start of the document. The layers read it between
-the tokens of the memory, each time from their own initial state; what they make of the memory's
-tokens is the memory of the next segment. The tokens of an unfinished segment are part of the state
-and are read again by the next call, so any split equals the whole, at the price that generation
-reads up to a segment for every token.
+A segment is `segment` tokens, counted from the start of the document. The layers read it among the
+tokens of the memory; what they make of the memory's tokens is the memory of the next segment. They
+begin each segment from their own initial state, or, for a memory that asks for it, go on. The
+tokens of an unfinished segment are part of the state and are read again by the next call, so any
+split equals the whole, at the price that generation reads up to a segment for every token.
 """
 
 import dataclasses
@@ -19,10 +19,13 @@ from memjax.memory.base import SegmentModule
 from memjax.stack import Stack
 from pallas_kernels.blocks import BlockState, Body, join, leave, scan_blocks
 
+LANE_AXIS = 1  # of states of layers, as in `memjax.model`
+
 
 class SegmentState(NamedTuple):
     """The memory before the current segment, the segment's tokens so far and their count.
 
+    memory: beside it the states of the layers, as `_as_carry` makes them, or nothing.
     Lanes are on axis 1 of every leaf, as in all states of models; axis 0 has size 1.
     """
 
@@ -37,24 +40,48 @@ class _Reader:
 
     definition: nnx.GraphDef
 
-    def step(self, params: Any, memory: Any, x_BCD: jax.Array):
+    def step(self, params: Any, carry: Any, x_BCD: jax.Array):
         stack, norm, module = nnx.merge(self.definition, params)
+        memory, layers = carry
         wide_BLD = module.wrap(memory, x_BCD)
         no_reset_BL = jnp.zeros(wide_BLD.shape[:2], bool)
         start = stack.init_state(wide_BLD.shape[0])
-        _, h_BLD, auxiliary = stack.read(start, wide_BLD, no_reset_BL)
+        if module.carries_layers:
+            start = jax.tree.map(_from_carry, layers, start)
+        after, h_BLD, auxiliary = stack.read(start, wide_BLD, no_reset_BL)
         memory, h_BCD = module.unwrap(memory, norm(h_BLD))
-        return memory, (h_BCD, jnp.broadcast_to(auxiliary, x_BCD.shape[:2]))
+        layers = jax.tree.map(_as_carry, after) if module.carries_layers else ()
+        return (memory, layers), (h_BCD, jnp.broadcast_to(auxiliary, x_BCD.shape[:2]))
 
 
-def init_segments(module: SegmentModule, segment: int, batch: int) -> SegmentState:
+def _as_carry(x: jax.Array) -> jax.Array:
+    """A leaf of the layers' state with lanes first, and floating, as all of a carry must be.
+
+    Counts of tokens are exact in float32 up to 2^24.
+    """
+    x = jnp.swapaxes(x, 0, LANE_AXIS)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+
+
+def _from_carry(x: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, 0, LANE_AXIS).astype(like.dtype)
+
+
+def _initial(stack: Stack, module: SegmentModule) -> Any:
+    """The carry at the start of a document, without lanes."""
+    if not module.carries_layers:
+        return module.initial(), ()
+    return module.initial(), jax.tree.map(lambda x: _as_carry(x)[0], stack.init_state(1))
+
+
+def init_segments(stack: Stack, module: SegmentModule, segment: int, batch: int) -> SegmentState:
     """The state at the start of a document."""
 
     def lanes(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (1, batch, *x.shape))
 
     tokens_1BJ = jnp.zeros((1, batch, segment - 1), jnp.int32)
-    memory = jax.tree.map(lanes, module.initial())
+    memory = jax.tree.map(lanes, _initial(stack, module))
     return SegmentState(memory, tokens_1BJ, jnp.zeros((1, batch), jnp.int32))
 
 
@@ -76,7 +103,7 @@ def read_segments(
     (h_BTD, auxiliary_BT), after = scan_blocks(
         Body(_Reader(definition).step),
         params,
-        parts[2].initial(),
+        _initial(parts[0], parts[2]),
         held._replace(tokens=embed(held_BJ)),
         embed(tokens_BT),
         reset_BT,

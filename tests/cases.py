@@ -16,11 +16,15 @@ from memjax.mixers import (
     TTTMLP,
     Attention,
     Based,
+    Compressive,
     DeltaNet,
     GatedDeltaNet,
+    Infini,
+    Landmark,
     LinearAttention,
     Mamba,
     Mamba2,
+    Memorizing,
     Miras,
     MoM,
     RetNet,
@@ -28,6 +32,7 @@ from memjax.mixers import (
     TitansMAC,
     TitansMAG,
     TitansMAL,
+    TransformerXL,
     TTTLinear,
 )
 from memjax.mixers.deep_memory import DeepMemory
@@ -55,6 +60,13 @@ KINDS = {kind: config() for kind, (config, _) in MIXERS.items()} | {
     "titans_mac": TitansMAC(segment=8, memory=DeepMemory(heads=2, update_every=4)),
     "titans_mag": TitansMAG(window=6, memory=DeepMemory(heads=2, update_every=7, momentum=False)),
     "titans_mal": TitansMAL(window=5, memory=DeepMemory(heads=2, update_every=4, conv=2)),
+    "compressive": Compressive(heads=2, memory=5, compressed=3, segment=4, rate=2),
+    "landmark": Landmark(heads=2, block=3, blocks=4, retrieve=2),
+    "infini": Infini(heads=2, segment=4, gate_rate=2.0),
+    "memorizing": Memorizing(
+        heads=2, memory=9, neighbours=3, segment=6, cache=4, chunk=12, position=ALiBi()
+    ),
+    "transformer_xl": TransformerXL(heads=2, memory=6, segment=8, clamp=9, chunk=12),
 }
 # Other settings, which meet the laws of splits, oracles and speed settings alone.
 VARIANTS = {
@@ -73,6 +85,11 @@ VARIANTS = {
     "mom-retention": MoM(inner="retention", memories=3, heads=2, value_size=5),
     "mom-gla": MoM(inner="gla", memories=2, top_k=1, heads=2, conv=2, chunk=8),
     "ttt_linear-no-conv": TTTLinear(update_every=4, conv=None),
+    "compressive-max": Compressive(
+        heads=2, memory=6, compressed=3, segment=6, rate=3, compression="max"
+    ),
+    "landmark-all": Landmark(heads=2, block=5, blocks=2, position=ALiBi()),
+    "infini-linear-alibi": Infini(heads=2, segment=7, update="linear", position=ALiBi()),
     "titans_lmm-deep": TitansLMM(
         memory=DeepMemory(
             heads=2, layers=3, expansion=1, update_every=8, residual_norm=False, conv=None

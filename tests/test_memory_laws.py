@@ -14,17 +14,30 @@ from flax import nnx
 from memjax.architecture import Model
 from memjax.config import ConfigError
 from memjax.layers import RMSNorm
-from memjax.memory import MEMORIES, RecurrentTokens
-from memjax.mixers import LSTM, Attention, GatedDeltaNet
+from memjax.memory import (
+    MEMORIES,
+    LandmarkMemory,
+    MemorizingMemory,
+    RecurrentTokens,
+)
+from memjax.mixers import LSTM, MIXERS, Attention, GatedDeltaNet
 from memjax.model import LANE_AXIS, LanguageModel, logical_axes, split
+from memjax.positions import ALiBi
 
 VOCAB = 31
 MEMORY_CASES = {
     "recurrent_tokens": (RecurrentTokens(slots=3, segment=8), ("attention", "lstm")),
     "recurrent_tokens-delta": (RecurrentTokens(slots=2, segment=5), ("gated_deltanet",)),
+    "memorizing": (
+        MemorizingMemory(layers=("recall",), memory=9, neighbours=3, segment=4, cache=3),
+        ("attention", "recall"),
+    ),
+    "landmark": (LandmarkMemory(block=3, blocks=4, segment=6), ("softmax", "lstm")),
 }
 MIXER_CONFIGS = {
     "attention": Attention(context=32),
+    "softmax": Attention(heads=2),
+    "recall": Attention(heads=2, position=ALiBi()),
     "gated_deltanet": GatedDeltaNet(chunk=8, heads=2),
     "lstm": LSTM(),
 }
@@ -63,7 +76,11 @@ def busy(lm):
 
 
 def test_every_memory_has_a_case():
-    assert {memory.kind for memory, _ in MEMORY_CASES.values()} == set(MEMORIES)
+    """Those that are mixers alone are among the cases of mixers, and one of them is here."""
+    cases = {memory.kind for memory, _ in MEMORY_CASES.values()}
+    assert cases | set(MIXERS) >= set(MEMORIES)
+    assert cases >= {kind for kind, (_, module) in MEMORIES.items() if module is not None}
+    assert any(MEMORIES[kind][1] is None for kind in cases)
 
 
 def test_any_split_of_a_text_equals_the_whole(lm):
@@ -115,7 +132,9 @@ def test_gradient_reaches_every_parameter_and_the_state_before(lm):
     definition, params = nnx.split(lm)
 
     def loss(params, start):
-        return (nnx.merge(definition, params)(start, x, reset)[1] ** 2).mean()
+        lm = nnx.merge(definition, params)
+        reading = lm.read(start, x, reset)
+        return (lm.logits(reading.hidden_BTD) ** 2).mean() + reading.auxiliary
 
     for_params, for_state = jax.grad(loss, (0, 1), allow_int=True)(params, start)
     for leaf in floats((for_params, for_state)):
@@ -159,6 +178,25 @@ def test_recurrent_tokens_are_read_and_rewritten_by_every_segment():
         memory = h[:, -3:]
     _, got = apply(lm, lm.init_state(3), x, jnp.zeros((3, 20), bool))
     assert_close(got, jnp.concatenate(parts, 1))
+
+
+def test_landmarks_end_every_block_and_predict_the_token_after_it():
+    """The text with a landmark after every three tokens, read by the layers in one piece."""
+    _, lm = model_with(*MEMORY_CASES["landmark"])
+    x, no_reset = tokens(20, resets=[])
+    words = lm.embedding[...][x]
+    mark = jnp.broadcast_to(lm.memory.landmark[...], (3, 1, WIDTH))
+    rows, predicts = [], []
+    for t in range(20):
+        rows.append(words[:, t : t + 1])
+        if t % 3 == 2:
+            rows.append(mark)
+        predicts.append(len(rows) - 1)
+    wide = jnp.concatenate(rows, 1)
+    _, h, _ = lm.stack.read(lm.stack.init_state(3), wide, jnp.zeros(wide.shape[:2], bool))
+    want = lm.logits(lm.norm(h)[:, np.array(predicts)])
+    _, got = apply(lm, lm.init_state(3), x, no_reset)
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,16 @@ from memjax.mixers import MIXERS
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 LENGTH = 37
-ONE_FORM = {"base_conv"}  # a convolution of a few taps is all there is
+ONE_FORM = {
+    "base_conv",  # a convolution of a few taps is all there is
+    "compressive",  # whole segments, each by itself
+    "landmark",  # whole blocks, each by itself
+}
+# Of their states the gradient reaches some leaves and not others; see test_mixer_memories.
+IN_PART = {
+    "compressive",  # its memories have none
+    "landmark",  # counts its blocks in floating point
+}
 RESETS = [(0, 5), (0, 6), (1, 0), (1, 21), (2, 36)]
 
 
@@ -116,9 +125,9 @@ def test_gradient_reaches_the_state_before_the_segment(mixer):
         return
     loss = lambda start: (mixer(start, x, reset)[1] ** 2).sum()  # noqa: E731
     gradient = jax.jit(jax.grad(loss, allow_int=True))(start)
-    for leaf in floats(gradient):
-        assert jnp.isfinite(leaf).all()
-        assert leaf.size == 0 or jnp.abs(leaf).max() > 0
+    reached = [leaf.size == 0 or jnp.abs(leaf).max() > 0 for leaf in floats(gradient)]
+    assert all(jnp.isfinite(leaf).all() for leaf in floats(gradient))
+    assert any(reached) if mixer.config.kind in IN_PART else all(reached)
 
 
 def test_lanes_are_independent(mixer):
@@ -158,7 +167,9 @@ def test_speed_settings_do_not_change_the_mathematics(name):
     others = [dict(impl="reference")] if "impl" in fields else []
     others += [dict(chunk=5)] if "chunk" in fields and name in KINDS else []
     others += [dict(unroll=1)] if "unroll" in fields else []
-    assert others or config.kind in ONE_FORM, "list a mixer that needs no chunked form there"
+    if not others:
+        assert config.kind in ONE_FORM, "list a mixer that needs no chunked form there"
+        return
     mixer = mixer_of(name)
     x, reset = segment(LENGTH, resets=RESETS)
 

@@ -9,10 +9,20 @@ from typing import Any
 from flax import nnx
 
 from memjax.memory.base import LayerMemory, LayerModule, MemoryConfig, SegmentMemory, SegmentModule
+from memjax.memory.compressive import CompressiveMemory
+from memjax.memory.infini import InfiniMemory
+from memjax.memory.landmark import LandmarkMemory, LandmarkModule
+from memjax.memory.memorizing import MemorizingMemory
 from memjax.memory.recurrent_tokens import RecurrentTokens, RecurrentTokensModule
+from memjax.memory.transformer_xl import TransformerXLMemory
 
 MEMORIES: dict[str, tuple[type[MemoryConfig], type[nnx.Module] | None]] = {
     "recurrent_tokens": (RecurrentTokens, RecurrentTokensModule),
+    "compressive": (CompressiveMemory, None),
+    "landmark": (LandmarkMemory, LandmarkModule),
+    "infini": (InfiniMemory, None),
+    "memorizing": (MemorizingMemory, None),
+    "transformer_xl": (TransformerXLMemory, None),
 }
 """The module is None for a memory that takes the place of mixers: it is in `MIXERS`."""
 
@@ -29,4 +39,15 @@ def make_segment_module(config: SegmentMemory, d_model: int, *, rngs: nnx.Rngs) 
     return module(config, d_model, rngs=rngs)
 
 
-__all__ = ["MEMORIES", "MemoryConfig", "RecurrentTokens", "layer_class", "make_segment_module"]
+__all__ = [
+    "MEMORIES",
+    "CompressiveMemory",
+    "InfiniMemory",
+    "LandmarkMemory",
+    "MemorizingMemory",
+    "MemoryConfig",
+    "RecurrentTokens",
+    "TransformerXLMemory",
+    "layer_class",
+    "make_segment_module",
+]

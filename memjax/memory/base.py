@@ -32,17 +32,53 @@ class MemoryConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixerMemory(MemoryConfig):
-    """Takes the place of every attention mixer of the pattern, with its heads and positions."""
+    """Takes the place of attention mixers of the pattern, with their heads and positions.
+
+    layers: names of the mixers in the pattern or the tail that it replaces; None for every
+        attention mixer. To have it in one layer, give that layer's attention a name of its own.
+    """
+
+    layers: tuple[str, ...] | None = None
+
+    honours: ClassVar[tuple[str, ...] | None] = None
+    """Fields of the attention that the replacement takes over; None for all. The others must be
+    left at their defaults."""
 
     @abstractmethod
     def mixer(self, attention: Any) -> MixerConfig:
         """The config of the mixer that replaces `attention`, a kind of the registry of mixers."""
 
+    def replaces(self, name: str, config: MixerConfig) -> bool:
+        """Whether the mixer called `name` makes place."""
+        return config.kind == "attention" and (self.layers is None or name in self.layers)
+
     def check_model(self, model: Any) -> None:
-        kinds = [model.plain_mixer(name).kind for name in model.layers_in_order]
-        if "attention" not in kinds:
+        mixers = {name: model.plain_mixer(name) for name in model.layers_in_order}
+        attention = [name for name, config in mixers.items() if config.kind == "attention"]
+        for name in self.layers or ():
+            rule = f"must name attention mixers of the pattern; choose from {', '.join(attention)}"
+            check(self, "layers", bool(attention) and name in attention, rule)
+        if not attention:
             rule = "replaces attention, of which the pattern has none; use a pattern with attention"
             raise FieldError("memory", self.kind, rule)
+        for name, config in mixers.items():
+            if self.replaces(name, config):
+                self._check_attention(name, config)
+
+    def _check_attention(self, name: str, attention: Any) -> None:
+        default = type(attention)()
+        for field in dataclasses.fields(attention):
+            honoured = self.honours is None or field.name in self.honours
+            value = getattr(attention, field.name)
+            if not honoured and value != getattr(default, field.name):
+                rule = f"has no place in memory {self.kind}; leave it out"
+                raise FieldError(field.name, value, rule, f"mixers.{name}.")
+
+    def replacing(self, mixer: Any, attention: Any) -> Any:
+        """A config of class `mixer`: what is honoured of `attention`, the rest from here."""
+        names = {field.name for field in dataclasses.fields(mixer)}
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
+        return mixer(**own, **{name: getattr(attention, name) for name in self.honours or ()})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +138,13 @@ class LayerModule(nnx.Module):
 
 
 class SegmentModule(nnx.Module):
-    """What a SegmentMemory's config builds for the model."""
+    """What a SegmentMemory's config builds for the model.
+
+    carries_layers: whether the layers keep their states from segment to segment, instead of
+        starting each from their own initial state.
+    """
+
+    carries_layers: ClassVar[bool] = False
 
     @abstractmethod
     def initial(self) -> Any:

@@ -7,15 +7,19 @@ from memjax.mixers.attention import Attention, AttentionMixer
 from memjax.mixers.base import MemoryReport, MixerConfig, SequenceMixer
 from memjax.mixers.base_conv import BaseConv, BaseConvMixer
 from memjax.mixers.based import Based, BasedMixer
+from memjax.mixers.compressive import Compressive, CompressiveMixer
 from memjax.mixers.deltanet import DeltaNet, DeltaNetMixer
 from memjax.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetMixer
 from memjax.mixers.gla import GLA, GLAMixer
 from memjax.mixers.hgrn2 import HGRN2, HGRN2Mixer
+from memjax.mixers.infini import Infini, InfiniMixer
+from memjax.mixers.landmark import Landmark, LandmarkMixer
 from memjax.mixers.linear_attention import LinearAttention, LinearAttentionMixer
 from memjax.mixers.linear_transformer import LinearTransformer, LinearTransformerMixer
 from memjax.mixers.lstm import LSTM, LSTMMixer
 from memjax.mixers.mamba import Mamba, MambaMixer
 from memjax.mixers.mamba2 import Mamba2, Mamba2Mixer
+from memjax.mixers.memorizing import Memorizing, MemorizingMixer
 from memjax.mixers.miras import MirasMixer
 from memjax.mixers.miras_config import Memora, Miras, Moneta, Yaad
 from memjax.mixers.mlstm import MLSTM, MLSTMMixer
@@ -26,6 +30,7 @@ from memjax.mixers.titans_lmm import TitansLMM, TitansLMMMixer
 from memjax.mixers.titans_mac import TitansMAC, TitansMACMixer
 from memjax.mixers.titans_mag import TitansMAG, TitansMAGMixer
 from memjax.mixers.titans_mal import TitansMAL, TitansMALMixer
+from memjax.mixers.transformer_xl import TransformerXL, TransformerXLMixer
 from memjax.mixers.ttt import TTTMLP, TTTLinear, TTTLinearMixer, TTTMLPMixer
 
 MIXERS: dict[str, tuple[type[MixerConfig], type[SequenceMixer]]] = {
@@ -55,6 +60,11 @@ MIXERS: dict[str, tuple[type[MixerConfig], type[SequenceMixer]]] = {
     "moneta": (Moneta, MirasMixer),
     "yaad": (Yaad, MirasMixer),
     "memora": (Memora, MirasMixer),
+    "compressive": (Compressive, CompressiveMixer),
+    "landmark": (Landmark, LandmarkMixer),
+    "infini": (Infini, InfiniMixer),
+    "memorizing": (Memorizing, MemorizingMixer),
+    "transformer_xl": (TransformerXL, TransformerXLMixer),
 }
 
 __all__ = [
@@ -68,13 +78,17 @@ __all__ = [
     "Attention",
     "BaseConv",
     "Based",
+    "Compressive",
     "DeltaNet",
     "GatedDeltaNet",
+    "Infini",
+    "Landmark",
     "LinearAttention",
     "LinearTransformer",
     "Mamba",
     "Mamba2",
     "Memora",
+    "Memorizing",
     "MemoryReport",
     "Miras",
     "MixerConfig",
@@ -87,5 +101,6 @@ __all__ = [
     "TitansMAC",
     "TitansMAG",
     "TitansMAL",
+    "TransformerXL",
     "Yaad",
 ]

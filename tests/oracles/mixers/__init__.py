@@ -7,21 +7,26 @@ the mixer's own, as nested dicts of float64 arrays.
 from oracles.mixers.attention import attention
 from oracles.mixers.base_conv import base_conv
 from oracles.mixers.based import based
+from oracles.mixers.compressive import compressive
 from oracles.mixers.deltanet import deltanet
 from oracles.mixers.gated_deltanet import gated_deltanet
 from oracles.mixers.gla import gla
 from oracles.mixers.hgrn2 import hgrn2
+from oracles.mixers.infini import infini
+from oracles.mixers.landmark import landmark
 from oracles.mixers.linear_attention import linear_attention
 from oracles.mixers.linear_transformer import linear_transformer
 from oracles.mixers.lstm import lstm
 from oracles.mixers.mamba import mamba
 from oracles.mixers.mamba2 import mamba2
+from oracles.mixers.memorizing import memorizing
 from oracles.mixers.miras import miras
 from oracles.mixers.mlstm import mlstm
 from oracles.mixers.mom import mom
 from oracles.mixers.retnet import retnet
 from oracles.mixers.rg_lru import rg_lru
 from oracles.mixers.titans import titans_lmm, titans_mac, titans_mag, titans_mal
+from oracles.mixers.transformer_xl import transformer_xl
 from oracles.mixers.ttt import ttt_linear, ttt_mlp
 
 ORACLES = {
@@ -51,4 +56,9 @@ ORACLES = {
     "moneta": miras,
     "yaad": miras,
     "memora": miras,
+    "transformer_xl": transformer_xl,
+    "infini": infini,
+    "landmark": landmark,
+    "compressive": compressive,
+    "memorizing": memorizing,
 }
