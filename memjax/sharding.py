@@ -277,6 +277,8 @@ def _gather_forward(x, stored, used):
 
 
 def _gather_backward(stored, used, _, dx):
+    # Summed, then split: to split it at once the compiler might gather what it is the sum of.
+    dx = jax.lax.with_sharding_constraint(dx, used)
     return (jax.lax.with_sharding_constraint(dx, stored),)
 
 
