@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,7 +23,8 @@ from memjax.experiment import Experiment
 from memjax.memory import RecurrentTokens
 from memjax.mixers import LSTM, MIXERS, Attention, GatedDeltaNet, Mamba, TTTLinear
 from memjax.model import Model
-from memjax.sharding import Mesh
+from memjax.sharding import Mesh, make_mesh
+from memjax.sharding import batch as batch_place
 from memjax.training.config import Optimizer, Train
 from memjax.training.step import make_trainer, put_batch
 
@@ -210,6 +212,38 @@ def test_no_device_gathers_the_sequence(kind):
         )
 
     assert gathered(8 * LENGTH) == gathered(4 * LENGTH)
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+    """A program of which every collective is known: three in a loop of three, two behind it."""
+    mesh = make_mesh(Mesh(data=2, fsdp=2, context=2), ROWS)
+    right = [(0, 1), (1, 0)]
+
+    def local(x_BT):
+        def again(x_BT, _):
+            whole = jax.lax.all_gather(x_BT, "fsdp", axis=0, tiled=True)
+            x_BT = jax.lax.psum_scatter(jnp.sin(whole), "fsdp", scatter_dimension=0, tiled=True)
+            return jax.lax.ppermute(x_BT, "context", right), None
+
+        x_BT, _ = jax.lax.scan(again, x_BT, None, length=3)
+        return jax.lax.psum(jnp.cos(x_BT), ("data", "context")), jax.lax.pmax(x_BT, "data")
+
+    place = batch_place(mesh)
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=place.spec, out_specs=place.spec, check_vma=False
+    )
+    x = jax.ShapeDtypeStruct((8, 64), np.float32, sharding=place)
+    text = jax.jit(run).lower(x).compile().as_text()
+    part = 4 * 2 * 32  # bytes of a device's part
+    assert sorted(collectives(text, mesh)) == sorted(
+        [
+            ("all-gather", ("fsdp",), 3, 2 * part, part),
+            ("reduce-scatter", ("fsdp",), 3, part, part),
+            ("collective-permute", ("context",), 3, part, part),
+            ("all-reduce", ("data", "context"), 1, part, 1.5 * part),
+            ("all-reduce", ("data",), 1, part, part),
+        ]
+    )
 
 
 MISTAKES = {
