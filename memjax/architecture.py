@@ -29,7 +29,9 @@ class Model:
     logit_cap: c in c tanh(logits / c); None for logits as they are.
     dtype: type of activations and products; parameters, norms and states are float32.
     layers: scan the repeats, or unroll them. Speed only.
-    remat: what the backward pass recomputes: nothing, all but products ("dots"), or all ("full").
+    remat: what the backward pass recomputes: nothing, all but products ("dots"), all but the inputs
+        of the repeats of the pattern ("full"), or that with the inputs kept in the memory of the
+        host ("offload"; on a CPU there is no other memory, so there it is "full").
     """
 
     d_model: int = 256
@@ -45,7 +47,7 @@ class Model:
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["scan", "unroll"] = "scan"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full", "offload"] = "none"
 
     def __post_init__(self):
         check_at_least(self, 1, "d_model", "repeat")

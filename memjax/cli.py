@@ -1,7 +1,8 @@
 """The command line: parse, call, print.
 
 Exit status: 0 done; 1 the work failed; 2 a mistake in the config, the arguments or the files, in
-one line; 75 stopped by SIGTERM after saving (run the same command again); 130 stopped by Ctrl-C.
+one line; 75 stopped by SIGTERM after saving (run the same command again); 76 another process of
+the run was lost (start all of them again); 130 stopped by Ctrl-C.
 """
 
 import difflib
@@ -9,11 +10,13 @@ import json
 import logging
 import os
 import sys
+import traceback
 
 from memjax import __version__
 from memjax.commands import COMMANDS
 from memjax.commands.base import make_parser, refuse_unknown
 from memjax.config import ConfigError
+from memjax.distributed import leave
 from memjax.platform import enable_compilation_cache, restart_with_fast_allocator
 
 
@@ -79,4 +82,10 @@ def entry() -> None:
     restart_with_fast_allocator()
     # Orbax logs the traceback of an error that it also raises, and that `main` tells in one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    sys.exit(main())
+    try:
+        status = main()
+    except Exception:  # a fault of ours: Python would print the same, but wait for other processes
+        traceback.print_exc()
+        status = 1
+    leave(status)
+    sys.exit(status)

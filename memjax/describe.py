@@ -13,8 +13,6 @@ from memjax.stack import make_mixer
 TRAINING_FACTOR = 3.0
 """A backward pass does twice the products of a forward pass."""
 
-OPTIMIZER_COPIES = {"adamw": 2, "muon": 1, "lion": 1}
-
 
 def parameter_shapes(config: Model, vocab_size: int) -> dict:
     """Shapes of all parameters, as nested dicts; nothing is allocated."""
@@ -91,17 +89,14 @@ def flops(config: Model, vocab_size: int, segment: int) -> dict[str, float]:
 
 
 def describe(experiment: Experiment, vocab_size: int) -> dict[str, Any]:
-    """Parameters by part, state bytes a sequence by layer, FLOPs a token, memory estimate.
+    """Parameters by part, state bytes a sequence by layer, FLOPs a token.
 
-    The memory estimate holds parameters, gradients and optimizer state in float32, and the
-    carried state; activations depend on the compiled program, which `memjax bench` measures.
+    What a device holds in memory is `memjax.footprint`'s to say.
     """
     segment = experiment.data.sequence
     parameters = count_parameters(experiment.model, vocab_size)
     layers = mixer_reports(experiment.model, segment)
     operations = flops(experiment.model, vocab_size, segment)
-    copies = 2 + OPTIMIZER_COPIES[experiment.optimizer.name]
-    copies += experiment.optimizer.ema is not None
     state = state_bytes(experiment.model, vocab_size)
     return {
         "params": parameters["total"],
@@ -113,9 +108,4 @@ def describe(experiment: Experiment, vocab_size: int) -> dict[str, Any]:
         "flops_per_token": operations["training"],
         "forward_flops_per_token": operations["forward"],
         "tokens_per_step": experiment.data.batch * segment * experiment.train.horizon,
-        "memory_bytes": {
-            "parameters": 4 * parameters["total"],
-            "parameters_gradients_optimizer": 4 * copies * parameters["total"],
-            "carried_state": state * experiment.data.batch if experiment.train.carry else 0,
-        },
     }

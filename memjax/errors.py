@@ -5,6 +5,9 @@ A mistake of the user is a `memjax.config.ConfigError` (status 2).
 
 import signal
 
+LOST = 76
+"""Exit status of a process that lost another of its run: start all of them again."""
+
 
 class WorkError(RuntimeError):
     """The work failed in a way that the message explains in one line (status 1)."""

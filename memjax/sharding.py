@@ -182,6 +182,22 @@ def batch(mesh: JaxMesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES, CONTEXT))
 
 
+def process_rows(mesh: JaxMesh, rows: int) -> tuple[int, int]:
+    """(i, n): the devices of this process read the i-th of n equal runs of the rows of a batch.
+
+    Processes that only split a sequence, or parameters, among them read the same rows.
+    """
+    where = lanes(mesh).addressable_devices_indices_map((rows,)).values()
+    parts = {(at[0].start or 0, rows if at[0].stop is None else at[0].stop) for at in where if at}
+    first, size = min(parts)[0], sum(stop - start for start, stop in parts)
+    if first % size or rows % size or max(parts)[1] != first + size:
+        raise ConfigError(
+            "config.mesh: the rows that a process reads are not side by side; give data and fsdp "
+            "sizes that are multiples of the number of processes"
+        )
+    return first // size, rows // size
+
+
 def parameters(mesh: JaxMesh, axes: dict, shapes: Any) -> Any:
     """The sharding of each parameter, from its logical axes; same structure as `shapes`."""
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from memjax.architecture import Model
@@ -130,10 +131,18 @@ class Pattern(nnx.Module):
         return tuple(out), x_BTD, total
 
 
+LAYER_INPUT = "layer_input"
+
 _REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.checkpoint_dots,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -181,6 +190,7 @@ class Stack(nnx.Module):
         def body(x_BTD: jax.Array, xs: Any):
             pattern, pattern_state, key = xs
             pattern = gathered(pattern)
+            x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
             pattern_state, x_BTD, auxiliary = pattern.read(
                 pattern_state, x_BTD, reset_BT, key, self.shared
             )

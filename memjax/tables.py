@@ -58,12 +58,14 @@ def _flat(result: Row) -> dict[str, Any]:
 def _describe(result: Row) -> list[Table]:
     head = {**_flat(result)}
     head["state_bytes_per_sequence"] = size(head["state_bytes_per_sequence"])
-    memory = {name: size(value) for name, value in result["memory_bytes"].items()}
+    memory = dict(result["memory_bytes"])
+    devices = memory.pop("devices")
+    where = "Memory" if devices == 1 else f"Memory of each of {devices} devices"
     tables = [
         pairs("Model", head),
         pairs("Parameters", result["parameters"]),
         rows("Layers, for one token and one sequence", _layers(result["layers"])),
-        pairs("Memory, without activations", memory),
+        pairs(f"{where}, predicted", {name: size(value) for name, value in memory.items()}),
     ]
     return tables + (_mesh(result["mesh"]) if "mesh" in result else [])
 

@@ -49,7 +49,7 @@ def test_train_without_arguments_says_what_it_trains_and_where(monkeypatch, caps
     asked = []
     monkeypatch.setattr(loop, "train", lambda *given: asked.append(given) or {})
     assert main(["train"]) == 0
-    ((experiment, workdir),) = asked
+    ((experiment, workdir, _),) = asked
     assert experiment == Experiment() and workdir == "runs/default"
     out, err = capsys.readouterr()
     assert "training the defaults" in err and "runs/default" in err and "Ctrl-C" in err

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"shapes", "config", "errors", "platform", "tables"},
-    {"sharding", "ops"},
+    {"sharding", "ops", "distributed"},
     {"layers", "positions"},
     {"mixers", "memory", "data"},
     {"architecture"},
@@ -17,7 +17,7 @@ LAYERS = [
     {"segments", "cross_entropy"},
     {"model"},
     {"training", "evals"},
-    {"experiment", "describe", "bench", "collectives", "runs", "match"},
+    {"experiment", "describe", "bench", "collectives", "runs", "match", "footprint"},
     {"sweeps"},
     {"report", "completion"},
     {"commands"},

@@ -56,7 +56,7 @@ def test_speed_leaves_out_pauses_and_the_first_step():
     clock = Clock(tokens=500)
     time.sleep(0.2)  # compiling
     clock.step(100)
-    with clock.paused():
+    with clock.paused("saving"):
         time.sleep(0.3)
     time.sleep(0.05)
     clock.step(100)

@@ -1,10 +1,13 @@
 """Commands about one run: train, eval, generate, data, describe, bench, list."""
 
 import argparse
+import dataclasses
+import math
+import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memjax.commands.base import (
     Command,
@@ -14,6 +17,11 @@ from memjax.commands.base import (
     refuse_unknown,
 )
 from memjax.config import ConfigError
+from memjax.errors import Stopped
+
+if TYPE_CHECKING:  # every command would pay for its import
+    from memjax.distributed import Processes
+    from memjax.sharding import Mesh
 
 
 def _default_workdir(rest: list[str]) -> str:
@@ -25,26 +33,54 @@ def _default_workdir(rest: list[str]) -> str:
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     text = "where the run lives; default runs/<name of the config>; an existing run is resumed"
     parser.add_argument("--workdir", metavar="RUN", help=text)
+    several = parser.add_argument_group("one run on several processes (docs/distributed.md)")
+    add = several.add_argument
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    add("--processes", type=int, metavar="N", help="how many there are")
+    add("--process", type=int, metavar="I", help="which one this is, from 0")
+    auto = "find them by the cluster; default auto: within Slurm or Open MPI"
+    add("--distributed", choices=("auto", "on", "off"), default="auto", help=auto)
+    text = "silence after which a process counts as lost; default 100"
+    add("--lost-after", type=int, default=100, metavar="S", help=text)
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    from memjax.distributed import connect
     from memjax.training.loop import train
 
     workdir = args.workdir or _default_workdir(rest)
     experiment = read_experiment(rest)
+    watch = connect(_processes(args))
     if not rest:
         what = f"{'+'.join(experiment.model.pattern)} on {experiment.data.source}"
         print(
             f"training the defaults, {what}, in {workdir}: Ctrl-C saves, --help tells more",
             file=sys.stderr,
         )
-    summary = train(experiment, workdir)
-    if not args.json:
+    try:
+        summary = train(experiment, workdir, watch)
+    except Stopped:  # every process stops at the same step, and none of them is lost
+        if watch is not None:
+            watch.finish()
+        raise
+    if watch is not None:
+        watch.finish()
+    if not args.json and (watch is None or watch.first):
         quoted = f"--workdir={shlex.quote(workdir)}"
         print(f"run       {workdir}: config.json, metrics.jsonl, checkpoints/, tensorboard/")
         print(f"evaluate  memjax eval {quoted}")
         print(f"sample    memjax generate {quoted} --prompt='def '")
     return summary
+
+
+def _processes(args: argparse.Namespace) -> "Processes":
+    """The other processes of the run, by flags or else by the variables of JAX."""
+    from memjax.distributed import Processes, from_environment
+
+    given = {"coordinator": args.coordinator, "count": args.processes, "index": args.process}
+    if all(value is None for value in given.values()) and args.distributed != "off":
+        given = from_environment(os.environ)
+    return Processes(mode=args.distributed, lost_after=args.lost_after, **given)
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +165,17 @@ def _describe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="AXIS=N,..", help=text)
 
 
+def _simulate(mesh: "Mesh") -> None:
+    """Virtual devices for a mesh given in numbers: to describe it takes none of its machines."""
+    import jax
+
+    sizes = [getattr(mesh, field.name) for field in dataclasses.fields(mesh)]
+    devices = math.prod(size for size in sizes if size != "auto")
+    if devices > 1:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
 def _describe(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     if args.mesh is not None:
         from memjax.sharding import virtual_devices
@@ -138,10 +185,14 @@ def _describe(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         virtual_devices(read_experiment(rest, args.workdir).mesh)
     from memjax.data import load_tokenizer
     from memjax.describe import describe
+    from memjax.footprint import footprint
 
     experiment = read_experiment(rest, args.workdir)
+    if args.mesh is None:
+        _simulate(experiment.mesh)
     vocab_size = load_tokenizer(experiment.data).vocab_size
     described = describe(experiment, vocab_size)
+    described |= {"memory_bytes": footprint(experiment, vocab_size)}
     if args.mesh is None:
         return described
     from memjax.collectives import report

@@ -23,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from memjax.config import ConfigError
 from memjax.training.arrays import describe, flatten, groups, place, unflatten
+from memjax.training.background import Save
 from memjax.training.digest import digests
 from memjax.training.errors import CheckpointError
 from memjax.training.step import TrainState
@@ -51,7 +52,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 1, keep_best: int = 0):
         self.folder, self.keep, self.keep_best = folder.absolute(), keep, keep_best
-        self._pending: tuple[int, Any] | None = None
+        self._pending: Save | None = None
         self._losses: dict[int, float | None] = {}
         if _first():
             try:
@@ -90,20 +91,25 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._unwritable(step, error) from error
-        self._pending = (step, response)
+        self._pending = Save(step, response)
         self._losses[step] = meta.get("eval_loss")
+
+    def check(self) -> None:
+        """What `wait` does, if the last save has ended; else nothing. Raises its failure."""
+        if self._pending is not None and self._pending.ended():
+            self.wait()
 
     def wait(self) -> None:
         """Wait until the last save is on the disk, and remove what need not be kept."""
         if self._pending is None:
             return
-        (step, response), self._pending = self._pending, None
+        save, self._pending = self._pending, None
         try:
-            response.result()
+            save.result()
             if _first():
                 self._prune()
         except Exception as error:
-            raise self._unwritable(step, error) from error
+            raise self._unwritable(save.step, error) from error
 
     def restore(self, abstract: TrainState) -> Restored | None:
         """The newest sound checkpoint, on the devices that `abstract` names; None if none is there.

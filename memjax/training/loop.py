@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from memjax import config as configs
 from memjax.config import ConfigError
 from memjax.data import Corpus, TaskCorpus, open_data
 from memjax.data.streams import Batch, batches, iterate
+from memjax.distributed import Watch, compiled, straggler
 from memjax.evals.perplexity import quick_eval
 from memjax.evals.tasks import quick_task
 from memjax.experiment import Experiment
-from memjax.sharding import make_mesh
+from memjax.sharding import make_mesh, process_rows
 from memjax.training import workdir as workdirs
 from memjax.training.checkpoint import Checkpoints, list_steps, read_meta
 from memjax.training.clock import Clock
@@ -31,11 +32,16 @@ from memjax.training.step import Metrics, Trainer, TrainState, make_trainer, put
 TASK_ROWS = 1024  # of an evaluation during training without eval.tokens
 
 
-def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
+def train(
+    experiment: Experiment, workdir: str | Path, watch: Watch | None = None
+) -> dict[str, Any]:
     """Train to experiment.train.steps in `workdir`, from its newest checkpoint if it has one.
 
-    Returns a summary: step, steps, loss, eval_loss, tokens, seconds, skipped, parameters, workdir
-    and already_finished (nothing was done).
+    watch: of the other processes of the run (`memjax.distributed.connect`); each calls this alike.
+
+    Returns a summary: step, steps, loss, eval_loss, tokens, seconds, spent (seconds on training,
+    evaluating and saving), goodput, starts, skipped, parameters, workdir and already_finished
+    (nothing was done).
 
     Raises ConfigError or DataError for what the user can mend, TrainingError if the run cannot go
     on, Interrupted after a signal: the state is saved, and the same call goes on.
@@ -51,7 +57,7 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
             report.note(f"{folder} is finished: it has {finished['step']} steps")
             return finished
         with caught() as stop:
-            run = _Run(experiment, folder, report, stop)
+            run = _Run(experiment, folder, report, stop, watch)
             _note_changes(report, experiment, changed)
             return run.run()
 
@@ -79,20 +85,28 @@ class _Run:
     state and step belong together; pending are metrics of `step` not yet fetched.
     """
 
-    def __init__(self, experiment: Experiment, workdir: Path, report: Report, stop: Stop):
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        report: Report,
+        stop: Stop,
+        watch: Watch | None,
+    ):
         self.experiment, self.workdir, self.report, self.stop = experiment, workdir, report, stop
+        self.watch = watch
         mesh = make_mesh(experiment.mesh, experiment.data.batch)  # before the work of the data
         self.corpus = open_data(experiment.data, "train")
         tokenizer = self.corpus.tokenizer
         self.valid: Corpus | TaskCorpus | None = None
         if experiment.eval.every is not None:
             self.valid = open_data(experiment.data, "valid", tokenizer)
-        process = (jax.process_index(), jax.process_count())
+        rows = process_rows(mesh, experiment.data.batch)
         self.stream: grain.MapDataset = batches(
-            experiment.data, self.corpus, segments=experiment.train.horizon, process=process
+            experiment.data, self.corpus, segments=experiment.train.horizon, process=rows
         )
         self.trainer: Trainer = make_trainer(experiment, tokenizer.vocab_size, mesh)
-        if process[0] == 0:
+        if jax.process_index() == 0:
             workdirs.write_run(workdir, experiment, tokenizer)
         keep = experiment.checkpoint
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep.keep, keep.keep_best)
@@ -101,14 +115,17 @@ class _Run:
         self.last: dict[str, Any] = {}
         self.eval_loss: float | None = None
         self.skipping = False
+        self.advance: Callable | None = None  # the compiled step
         self.state, self.clock = self._begin()
         self.best = self.checkpoints.best_loss()
 
     def _begin(self) -> tuple[TrainState, Clock]:
         """The state to go on with: that of the newest sound checkpoint, or a new one."""
         restored = self.checkpoints.restore(self.trainer.abstract)
+        starts = workdirs.sessions(self.workdir)
+        self.starts, began = 1 + len(starts), starts[0]["time"] if starts else None
         if restored is None:
-            return self.trainer.init(), Clock()
+            return compiled(self.trainer.init)(), Clock(began=began)
         for line in restored.report:
             self.report.note(line)
         meta = restored.meta
@@ -121,12 +138,16 @@ class _Run:
         self.step = self.saved = restored.step
         self.last = meta["summary"]
         self.report.note(f"going on from step {restored.step} of {self.workdir}")
-        return restored.state, Clock(meta["summary"]["tokens"], meta["summary"]["seconds"])
+        before = meta["summary"]
+        clock = Clock(before["tokens"], before["seconds"], before.get("spent"), began)
+        return restored.state, clock
 
     def run(self) -> dict[str, Any]:
         """Train to the end."""
         train = self.experiment.train
         first = jax.process_index() == 0
+        if first:
+            workdirs.begin_session(self.workdir, self.step, jax.process_count())
         self.sinks = open_sinks(self.experiment, self.workdir, self.step) if first else []
         self.report.note(self._headline())
         self.report.start(self.step)
@@ -137,7 +158,7 @@ class _Run:
             ):
                 while self.step < train.steps:
                     profiler.before(self.step + 1)
-                    self._advance(next(stream))
+                    self._advance(stream)
                     profiler.after(self.step, self.state)
                     self._boundary()
             self._save()
@@ -154,11 +175,14 @@ class _Run:
     def _batches(self) -> Generator[Batch, None, None]:
         yield from iterate(self.stream, self.step, self.experiment.data.threads)
 
-    def _advance(self, batch: Batch) -> None:
+    def _advance(self, stream: Iterator[Batch]) -> None:
         """One step; the metrics of the one before are fetched while it runs."""
-        arrays = put_batch(batch, self.trainer.mesh)
+        with self.clock.host():
+            arrays = put_batch(next(stream), self.trainer.mesh)
         before = self.pending
-        self.state, metrics = self.trainer.step(self.state, arrays)
+        if self.advance is None:
+            self.advance = compiled(self.trainer.step, self.state, arrays)
+        self.state, metrics = self.advance(self.state, arrays)
         self.step += 1
         self.pending = (self.step, metrics)
         if before is not None:
@@ -167,6 +191,7 @@ class _Run:
     def _boundary(self) -> None:
         """What is due after the step: evaluation, a checkpoint, an end by a signal."""
         config, step = self.experiment, self.step
+        self.checkpoints.check()
         last = step == config.train.steps
         every = config.eval.every
         evaluate = every is not None and (step % every == 0 or last)
@@ -197,7 +222,8 @@ class _Run:
     def _settle(self, step: int, metrics: Metrics, values: dict[str, float] | None = None) -> None:
         """Take note of the metrics of a step; write a record if one is due."""
         train, metrics = self.experiment.train, jax.device_get(metrics)
-        self.clock.step(round(float(metrics.tokens)))
+        tokens = float(metrics.tokens)  # not finite if the weights of the batch are not
+        self.clock.step(round(tokens) if math.isfinite(tokens) else 0)
         self.report.step(step)
         self.last = {
             "step": step,
@@ -214,10 +240,21 @@ class _Run:
         if self.skipping:
             self._skipped(step, metrics)
         if step % train.log_every == 0 or step == train.steps or values:
-            record = self.last | {"tokens_per_s": self.clock.rate()} | (values or {})
+            pace, rate = self.clock.pace(), {"tokens_per_s": self.clock.rate()}
+            record = self.last | rate | pace | {"goodput": self.clock.goodput()} | (values or {})
+            self._compare(step, pace)
             for sink in self.sinks:
                 sink.write(record)
             self.report.record(record)
+
+    def _compare(self, step: int, pace: dict[str, Any]) -> None:
+        """Tell the other processes how fast this one is; name one that holds the others up."""
+        if self.watch is None:
+            return
+        self.watch.tell(step=step, **pace)
+        line = straggler(self.watch.others())
+        if line is not None:
+            self.report.note(f"step {step}: {line}")
 
     def _skipped(self, step: int, metrics: Metrics) -> None:
         row, limit = int(metrics.skipped_in_row), self.experiment.train.max_skipped
@@ -236,7 +273,7 @@ class _Run:
 
     def _evaluate(self) -> dict[str, float]:
         assert self.valid is not None
-        with self.clock.paused():
+        with self.clock.paused("evaluating"):
             params = self.state.params if self.state.ema == () else self.state.ema
             parts, config = (self.trainer.definition, params), self.experiment
             length, mesh = config.data.sequence, self.trainer.mesh
@@ -253,7 +290,7 @@ class _Run:
         if self.saved == self.step:
             return
         self._fetch()
-        with self.clock.paused():
+        with self.clock.paused("saving"):
             meta = {
                 "position": self.step,
                 "corpus": self.corpus.digest,
@@ -270,8 +307,12 @@ class _Run:
         """Save the last good state, if there is one, before `error` ends the run."""
         expected = isinstance(error, TrainingError | Interrupted)
         alive = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        if self.watch is not None:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                self.watch.confirm(error)  # does not return if another process is gone
+            return  # the others are in another step: nothing can be saved together
         with contextlib.suppress(Exception):  # `error` is what the user must see
-            if not expected and alive and jax.process_count() == 1:
+            if not expected and alive:
                 self._save()
                 self.report.note(f"saved at step {self.step} before the error below")
             self.checkpoints.wait()
@@ -297,6 +338,9 @@ class _Run:
             "eval_loss": self.eval_loss,
             "tokens": self.clock.tokens,
             "seconds": self.clock.seconds(),
+            "spent": {kind: round(spent, 3) for kind, spent in self.clock.spent.items()},
+            "goodput": self.clock.goodput(),
+            "starts": self.starts,
             "skipped": self.last.get("skipped", 0),
             "parameters": self._parameters(),
             "workdir": str(self.workdir),

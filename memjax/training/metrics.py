@@ -1,10 +1,13 @@
 """Records of a run: metrics.jsonl, TensorBoard, and Weights & Biases if asked for."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tensorboardX import SummaryWriter
 from memjax import config as configs
 from memjax.config import ConfigError
 from memjax.experiment import Experiment
+from memjax.training.errors import TrainingError
 from memjax.training.workdir import write_atomically
 
 FILE = "metrics.jsonl"
@@ -30,6 +34,18 @@ class Sink(ABC):
         """Nothing more follows."""
 
 
+@contextmanager
+def one_line(path: str) -> Iterator[None]:
+    """Make a failure to write into `path` a line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be written ({error.strerror}); make room or check the permissions, and "
+            "run the same command again: it goes on from the last checkpoint"
+        ) from None
+
+
 class JsonLines(Sink):
     """metrics.jsonl: a line a record, on the disk as soon as it is written."""
 
@@ -41,11 +57,13 @@ class JsonLines(Sink):
         self._file = open(path, "a")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
-        self._file.flush()
+        with one_line(self._file.name):
+            self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was told by `write`
+            self._file.close()
 
 
 class TensorBoard(Sink):
@@ -60,10 +78,12 @@ class TensorBoard(Sink):
                 group = "eval" if name.startswith("eval_") else "train"
                 tag = f"{group}/{name.removeprefix('eval_')}"
                 self._writer.add_scalar(tag, value, record["step"])
-        self._writer.flush()
+        with one_line(self._writer.logdir):
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
 
 class WandB(Sink):

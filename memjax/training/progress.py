@@ -40,14 +40,13 @@ class Bar(Report):
     """Steps, loss, tokens a second, time left and the last evaluation, on one line."""
 
     def __init__(self, steps: int):
+        self._console = Console(stderr=True)
         columns = (
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(30 if self._console.width > 110 else 6),  # the numbers need the room
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
         )
-        self._console = Console(stderr=True)
         self._progress = Progress(*columns, console=self._console, refresh_per_second=4)
         self._task = self._progress.add_task("training", total=steps, shown="compiling")
         self._eval = ""
@@ -62,7 +61,7 @@ class Bar(Report):
     def record(self, record: dict[str, Any]) -> None:
         if "eval_loss" in record:
             self._eval = f"  valid {record['eval_loss']:.4f}"
-        self._progress.update(self._task, shown=_show(record) + self._eval)
+        self._progress.update(self._task, shown=_show(record, "tok/s") + self._eval)
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False)
@@ -128,6 +127,8 @@ def make_report(steps: int, first_process: bool) -> Report:
     return Bar(steps) if sys.stderr.isatty() else Lines(steps)
 
 
-def _show(record: dict[str, Any]) -> str:
+def _show(record: dict[str, Any], unit: str = "tokens/s") -> str:
     skipped = f"  skipped {record['skipped']}" if record["skipped"] else ""
-    return f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s{skipped}"
+    rate = record["tokens_per_s"]
+    shown = f"{rate:,.0f}" if rate < 1e6 else f"{rate / 1e6:.2f}M"
+    return f"loss {record['loss']:.4f}  {shown} {unit}{skipped}"

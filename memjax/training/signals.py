@@ -33,19 +33,29 @@ class Stop:
             raise KeyboardInterrupt
         self._received = signal.Signals(number)
 
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Of several processes: Ctrl-C is made a SIGTERM, which JAX tells to all; a second ends."""
+        if self._received is not None:
+            os._exit(130)  # an orderly end would wait for the others
+        self._received = signal.Signals(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
 
 @contextmanager
 def caught() -> Iterator[Stop]:
     """Catch both signals; what handled them before does so again afterwards.
 
-    With several processes SIGTERM is left to JAX's coordinator, and SIGINT ends at once. Outside
-    the main thread Python can catch none.
+    With several processes SIGTERM is left to JAX's coordinator. Outside the main thread Python can
+    catch none.
     """
     stop = Stop()
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {n: signal.signal(n, stop.handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    if jax.process_count() > 1:
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, stop.pass_on)}
+    else:
+        before = {n: signal.signal(n, stop.handle) for n in (signal.SIGTERM, signal.SIGINT)}
     ended, (reader, writer) = threading.Event(), os.pipe()
     os.set_blocking(writer, False)
     other = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

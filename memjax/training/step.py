@@ -100,7 +100,7 @@ def make_trainer(experiment: Experiment, vocab_size: int, mesh: Mesh | None = No
     definition = _definition(experiment, vocab_size)
     options = compiler_options()
     step = jax.jit(
-        on_mesh(make_step(experiment, definition, optimizer, schedule, mesh.size), mesh),
+        on_mesh(make_step(experiment, definition, optimizer, schedule, placed), mesh),
         donate_argnums=0,
         in_shardings=(placed, sharding.batch(mesh)),
         out_shardings=(placed, sharding.replicated(mesh)),
@@ -124,7 +124,21 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows as part of the global batch, on the devices."""
     place = sharding.batch(mesh)
-    return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
+    if jax.process_count() == 1:
+        return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
+    local, length = batch["tokens_BT"].shape
+    index, count = sharding.process_rows(mesh, local * jax.process_count())
+    rows, first = local * count, index * local
+
+    def of_device(local_BT: Any, at: tuple[slice, ...]) -> Any:
+        start, stop, _ = at[0].indices(rows)
+        return local_BT[start - first : stop - first, at[1]]
+
+    def whole(local_BT: Any) -> jax.Array:
+        here = functools.partial(of_device, local_BT)
+        return jax.make_array_from_callback((rows, length), place, here)
+
+    return {k: whole(v) for k, v in batch.items()}
 
 
 def make_step(
@@ -132,11 +146,11 @@ def make_step(
     definition: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    devices: int = 1,
+    placed: TrainState | None = None,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """The pure step, not compiled. devices: those over which the batch is split."""
+    """The pure step, not compiled. placed: the shardings of the state; None for one device."""
     config = experiment.train
-    gradient = _gradient(experiment, definition, devices)
+    gradient = _gradient(experiment, definition, placed)
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)
@@ -175,15 +189,23 @@ class _Sums(NamedTuple):
     auxiliary: jax.Array
 
 
-def _gradient(experiment: Experiment, definition: nnx.GraphDef, devices: int = 1) -> Callable:
+def _gradient(
+    experiment: Experiment, definition: nnx.GraphDef, placed: TrainState | None = None
+) -> Callable:
     """(params, memory, batch, key, tokens) -> sums, gradient of the loss, memory after."""
     config, rows = experiment.train, experiment.data.batch // experiment.train.accumulate
+    devices = 1 if placed is None else placed.step.mesh.size
+
+    def split_as_params(grads):
+        """Accumulators are split over the devices as the parameters are."""
+        if placed is None or devices == 1:
+            return grads
+        return jax.tree.map(jax.lax.with_sharding_constraint, grads, placed.params)
 
     def loss(params, memory, batch, key, tokens):
         lm = merge(definition, params)
         start = jax.lax.stop_gradient(memory) if config.carry else lm.init_state(rows)
-        dropout = experiment.model.dropout > 0
-        sums, memory = _read(lm, start, batch, key, config.horizon, dropout, config.z_loss, devices)
+        sums, memory = read_batch(experiment, lm, start, batch, key, devices)
         total = sums.total / jnp.maximum(tokens, 1.0)
         return total + sums.auxiliary / config.pieces, (sums, memory)
 
@@ -200,9 +222,11 @@ def _gradient(experiment: Experiment, definition: nnx.GraphDef, devices: int = 1
             sums, grads, memory = part(
                 params, memory, batch, jax.random.fold_in(key, index), tokens
             )
-            return jax.tree.map(jnp.add, carry, (sums, grads)), memory if config.carry else ()
+            sums, grads = jax.tree.map(jnp.add, carry, (sums, grads))
+            return (sums, split_as_params(grads)), memory if config.carry else ()
 
-        zero = (_Sums(*[jnp.zeros(())] * 4), jax.tree.map(jnp.zeros_like, params))
+        zero_grads = split_as_params(jax.tree.map(jnp.zeros_like, params))
+        zero = (_Sums(*[jnp.zeros(())] * 4), zero_grads)
         count = config.accumulate
         xs = (
             jnp.arange(count),
@@ -215,10 +239,10 @@ def _gradient(experiment: Experiment, definition: nnx.GraphDef, devices: int = 1
     return parts
 
 
-def _read(
-    lm: LanguageModel, state, batch, key, horizon: int, dropout: bool, z_loss: float, devices: int
-):
+def read_batch(experiment: Experiment, lm: LanguageModel, state, batch, key, devices: int = 1):
     """Sums over the segments of a batch, and the memory after the last of them."""
+    horizon, z_loss = experiment.train.horizon, experiment.train.z_loss
+    dropout = experiment.model.dropout > 0
 
     def segment(state, xs):
         batch, key = xs

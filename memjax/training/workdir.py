@@ -1,6 +1,7 @@
 """The folder of a run: one config, one corpus, one live process.
 
-config.json  tokenizer.json  checkpoints/  metrics.jsonl  tensorboard/  eval/  profile/
+config.json  tokenizer.json  sessions.jsonl  checkpoints/  metrics.jsonl  tensorboard/  eval/
+profile/
 """
 
 import contextlib
@@ -8,6 +9,7 @@ import fcntl
 import fnmatch
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,7 @@ FREE = (  # fields that do not change what a step computes
     "config.model.remat",
 )
 CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", ".lock"
+SESSIONS = "sessions.jsonl"  # a line a start of the run
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -165,3 +168,25 @@ def write_run(workdir: Path, experiment: Experiment, tokenizer: Tokenizer) -> No
     write_atomically(workdir / CONFIG, configs.to_json(experiment))
     if not path.is_file():
         tokenizer.save(path)
+
+
+def sessions(workdir: Path) -> list[dict[str, Any]]:
+    """The starts of the run: time (seconds since 1970), step, processes; no torn lines."""
+    path, found = workdir / SESSIONS, []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def begin_session(workdir: Path, step: int, processes: int) -> None:
+    """Note that the run goes on from `step` now."""
+    line = json.dumps({"time": time.time(), "step": step, "processes": processes})
+    try:
+        with open(workdir / SESSIONS, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{workdir / SESSIONS} cannot be written ({error.strerror}); make room there, or "
+            "choose another --workdir"
+        ) from None
