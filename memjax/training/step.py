@@ -194,7 +194,7 @@ def _gradient(
 ) -> Callable:
     """(params, memory, batch, key, tokens) -> sums, gradient of the loss, memory after."""
     config, rows = experiment.train, experiment.data.batch // experiment.train.accumulate
-    devices = 1 if placed is None else placed.step.mesh.size
+    devices = 1 if placed is None else jax.tree.leaves(placed)[0].mesh.size
 
     def split_as_params(grads):
         """Accumulators are split over the devices as the parameters are."""
