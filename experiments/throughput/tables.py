@@ -72,9 +72,10 @@ def scan() -> list[str]:
     for name, times in (read("selective_scan") or {}).items():
         cells = [SCAN_ROWS[name]]
         for key in ("forward", "forward_and_backward"):
-            known = times is not None and key in times
-            cells += [f"{1e3 * times[key]:.1f} ms", f"{times['over_chunked'][key]:.1f}"] * known
-            cells += ["not measured", ""] * (not known)
+            if times is None or key not in times:
+                cells += ["not measured", ""]
+            else:
+                cells += [f"{1e3 * times[key]:.1f} ms", f"{times['over_chunked'][key]:.1f}"]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
