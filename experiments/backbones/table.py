@@ -49,10 +49,11 @@ def family(name: str) -> str:
 def read(sweep: Path) -> dict:
     """What is known of every finished point."""
     points = {}
-    for run in sorted((sweep / "runs").iterdir()):
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for metrics in sorted((sweep / "runs").glob("*/metrics.jsonl")):
+        run = metrics.parent
+        records = [json.loads(line) for line in metrics.read_text().splitlines()]
         experiment = build(Experiment, json.loads((run / "config.json").read_text()))
-        if records[-1]["step"] < experiment.train.steps:
+        if not records or records[-1]["step"] < experiment.train.steps:
             continue
         cost = describe(experiment, BYTES)
         points[run.name.partition("=")[2]] = {
