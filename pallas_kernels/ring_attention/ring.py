@@ -94,7 +94,17 @@ def _merge(left: Read, right: Read) -> Read:
     return Read(*merge(left, right))
 
 
+def _together(shard: Shard) -> Shard:
+    """The shard as it is, in one piece to the compiler.
+
+    What depends on places alone would otherwise be taken out of a loop over layers: the masks of
+    all blocks at once, which are as large as the scores that are never held.
+    """
+    return lax.optimization_barrier(shard)
+
+
 def forward(plan: Ring, shard: Shard):
+    shard = _together(shard)
     queries, slopes = shard.queries, shard.slopes_GR
     value_size = shard.keys[0].v_BGJV.shape[-1]
     held = [nothing_read(piece, value_size) for piece in queries]
@@ -138,6 +148,7 @@ def _read_block(plan: Ring, shard: Shard, keys, reads, step):
 
 def backward(plan: Ring, residuals, d_outputs):
     shard, outputs, lse = residuals
+    shard = _together(shard)
     queries, slopes = shard.queries, shard.slopes_GR
     dtype = accumulation_dtype(queries[0].q_BGRTK)
     cotangents = tuple(
