@@ -7,6 +7,9 @@ import jax
 from flax import nnx
 
 from memjax.experiment import Experiment
+from memjax.memory import MEMORIES, layer_class, make_layer_part
+from memjax.memory.base import LayerMemory, SegmentMemory
+from memjax.mixers.base import MemoryReport
 from memjax.model import LanguageModel, Model, split
 from memjax.stack import make_mixer
 
@@ -74,13 +77,43 @@ def mixer_reports(config: Model, segment: int) -> list[dict[str, Any]]:
     return [{"layer": i, **reports[name]} for i, name in enumerate(config.layers_in_order)]
 
 
+def _keeps_layers(config: Model) -> bool:
+    """Whether mixers carry their states on; those of a memory of segments begin anew with each."""
+    module: Any = MEMORIES[config.memory.kind][1] if config.memory else None
+    return not isinstance(config.memory, SegmentMemory) or module.carries_layers
+
+
+def memory_reports(config: Model, segment: int) -> list[MemoryReport | None]:
+    """State and forward FLOPs of each layer's memory module; None where there is none."""
+    memory, width = config.memory, config.d_model
+    if isinstance(memory, LayerMemory):
+        make = layer_class(memory)
+        module = nnx.eval_shape(lambda: make(memory, width, rngs=nnx.Rngs(0)))
+        report = module.memory_report(segment)
+        places = [*range(len(config.pattern))] * config.repeat + [*range(len(config.tail))]
+        return [report if memory.has(place) else None for place in places]
+    part = None
+    if isinstance(memory, SegmentMemory):
+        part = nnx.eval_shape(lambda: make_layer_part(memory, width, rngs=nnx.Rngs(0)))
+    return [None if part is None else part.memory_report()] * len(config.layers_in_order)
+
+
 def flops(config: Model, vocab_size: int, segment: int) -> dict[str, float]:
     """Floating-point operations a token; `mfu_counts` is training without the recurrences."""
-    layers = mixer_reports(config, segment)
+    layers, memories = mixer_reports(config, segment), memory_reports(config, segment)
+    reports = [report for report in memories if report is not None]
+    replaced = isinstance(config.memory, LayerMemory) and config.memory.replaces_mlp
+    mlps = len(layers) - (len(reports) if replaced else 0)
     width = config.mlp.width(config.d_model) if config.mlp else 0
-    dense = len(layers) * 6.0 * config.d_model * width + 2.0 * config.d_model * vocab_size
-    forward = dense + sum(layer["flops_per_token"] for layer in layers)
+    inside = mlps * 6.0 * config.d_model * width
+    inside += sum(layer["flops_per_token"] for layer in layers)
+    inside += sum(report.flops_per_token for report in reports)
     recurrence = sum(layer["recurrence_flops"] for layer in layers)
+    recurrence += sum(report.recurrence_flops for report in reports)
+    if isinstance(config.memory, SegmentMemory):
+        wider = 1 + config.memory.added / config.memory.segment
+        inside, recurrence = wider * inside, wider * recurrence
+    forward = inside + 2.0 * config.d_model * vocab_size
     return {
         "forward": forward,
         "training": TRAINING_FACTOR * forward,
@@ -96,6 +129,12 @@ def describe(experiment: Experiment, vocab_size: int) -> dict[str, Any]:
     segment = experiment.data.sequence
     parameters = count_parameters(experiment.model, vocab_size)
     layers = mixer_reports(experiment.model, segment)
+    for layer, report in zip(layers, memory_reports(experiment.model, segment)):
+        if not _keeps_layers(experiment.model):
+            layer["state_bytes"] = 0
+        if report is not None:
+            layer["memory_state_bytes"] = report.state_bytes
+            layer["memory_flops_per_token"] = report.flops_per_token
     operations = flops(experiment.model, vocab_size, segment)
     state = state_bytes(experiment.model, vocab_size)
     return {

@@ -14,22 +14,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memjax import telemetry
 from memjax.layers import RMSNorm
 from memjax.memory.base import SegmentModule
-from memjax.stack import Stack
+from memjax.stack import Stack, StackState, layer_memories, with_layer_memories
 from pallas_kernels.blocks import BlockState, Body, join, leave, scan_blocks
 
 LANE_AXIS = 1  # of states of layers, as in `memjax.model`
 
 
-class SegmentState(NamedTuple):
-    """The memory before the current segment, the segment's tokens so far and their count.
+class Memories(NamedTuple):
+    """tokens: of the module of the model. layers: what the layers keep (`_kept`), or nothing."""
 
-    memory: beside it the states of the layers, as `_as_carry` makes them, or nothing.
+    tokens: Any
+    layers: Any
+
+
+class SegmentState(NamedTuple):
+    """The memories before the current segment, the segment's tokens so far and their count.
+
     Lanes are on axis 1 of every leaf, as in all states of models; axis 0 has size 1.
     """
 
-    memory: Any
+    memory: Memories
     tokens_1BJ: jax.Array
     count_1B: jax.Array
 
@@ -40,38 +47,47 @@ class _Reader:
 
     definition: nnx.GraphDef
 
-    def step(self, params: Any, carry: Any, x_BCD: jax.Array):
+    def step(self, params: Any, memory: Memories, x_BCD: jax.Array):
         stack, norm, module = nnx.merge(self.definition, params)
-        memory, layers = carry
-        wide_BLD = module.wrap(memory, x_BCD)
+        wide_BLD = module.wrap(memory.tokens, x_BCD)
         no_reset_BL = jnp.zeros(wide_BLD.shape[:2], bool)
-        start = stack.init_state(wide_BLD.shape[0])
-        if module.carries_layers:
-            start = jax.tree.map(_from_carry, layers, start)
-        after, h_BLD, auxiliary = stack.read(start, wide_BLD, no_reset_BL)
-        memory, h_BCD = module.unwrap(memory, norm(h_BLD))
-        layers = jax.tree.map(_as_carry, after) if module.carries_layers else ()
-        return (memory, layers), (h_BCD, jnp.broadcast_to(auxiliary, x_BCD.shape[:2]))
+        start = _with_kept(stack.init_state(wide_BLD.shape[0]), module, memory.layers)
+        with telemetry.deaf():  # notes of a segment cannot leave the loop over segments
+            after, h_BLD, auxiliary = stack.read(start, wide_BLD, no_reset_BL)
+        tokens, h_BCD = module.unwrap(memory.tokens, norm(h_BLD))
+        memory = Memories(tokens, _kept(after, module))
+        return memory, (h_BCD, jnp.broadcast_to(auxiliary, x_BCD.shape[:2]))
 
 
-def _as_carry(x: jax.Array) -> jax.Array:
-    """A leaf of the layers' state with lanes first, and floating, as all of a carry must be.
+def _kept(state: StackState, module: SegmentModule) -> Any:
+    """What the layers keep from segment to segment: all of their states, or the module's parts.
 
-    Counts of tokens are exact in float32 up to 2^24.
+    With lanes first, and floating, as all of a carry must be: counts of tokens are exact in
+    float32 up to 2^24.
     """
-    x = jnp.swapaxes(x, 0, LANE_AXIS)
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+
+    def as_carry(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x, 0, LANE_AXIS)
+        return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+
+    return jax.tree.map(as_carry, state if module.carries_layers else layer_memories(state))
 
 
-def _from_carry(x: jax.Array, like: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, 0, LANE_AXIS).astype(like.dtype)
+def _with_kept(start: StackState, module: SegmentModule, kept: Any) -> StackState:
+    """The state with which the layers begin a segment."""
+
+    def from_carry(x: jax.Array, like: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x, 0, LANE_AXIS).astype(like.dtype)
+
+    if module.carries_layers:
+        return jax.tree.map(from_carry, kept, start)
+    return with_layer_memories(start, jax.tree.map(from_carry, kept, layer_memories(start)))
 
 
-def _initial(stack: Stack, module: SegmentModule) -> Any:
-    """The carry at the start of a document, without lanes."""
-    if not module.carries_layers:
-        return module.initial(), ()
-    return module.initial(), jax.tree.map(lambda x: _as_carry(x)[0], stack.init_state(1))
+def _initial(stack: Stack, module: SegmentModule) -> Memories:
+    """At the start of a document, without lanes."""
+    layers = jax.tree.map(lambda x: x[0], _kept(stack.init_state(1), module))
+    return Memories(module.initial(), layers)
 
 
 def init_segments(stack: Stack, module: SegmentModule, segment: int, batch: int) -> SegmentState:

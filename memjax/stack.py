@@ -14,10 +14,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.architecture import Model
 from memjax.layers import MLP, RMSNorm
-from memjax.memory import layer_class
-from memjax.memory.base import LayerMemory
+from memjax.memory import layer_class, make_layer_part
+from memjax.memory.base import LayerMemory, SegmentMemory
 from memjax.mixers import MIXERS
 from memjax.mixers.base import MixerConfig, SequenceMixer, State
 from memjax.ops import read_in_turns
@@ -55,7 +56,8 @@ class BlockState(NamedTuple):
 class Block(nnx.Module):
     """x + mixer(norm(x)), then + memory(norm(x)) if it has one, then + mlp(norm(x)).
 
-    A memory module that replaces the MLP stands in its place, behind its norm.
+    A memory module that replaces the MLP stands in its place, behind its norm. The part of a memory
+    of segments is added to x first, and written from the result.
     """
 
     def __init__(self, config: Model, name: str, place: int, *, rngs: nnx.Rngs):
@@ -66,6 +68,8 @@ class Block(nnx.Module):
         beside = memory is not None and not memory.replaces_mlp
         mlp = config.mlp if memory is None or beside else None
         make = None if memory is None else layer_class(memory)
+        segments = config.memory if isinstance(config.memory, SegmentMemory) else None
+        self.part = make_layer_part(segments, config.d_model, rngs=rngs) if segments else None
         self.memory_norm = RMSNorm(config.d_model) if beside else None
         self.memory = make(memory, config.d_model, rngs=rngs) if make else None
         self.mlp_norm = RMSNorm(config.d_model) if config.mlp else None
@@ -73,8 +77,9 @@ class Block(nnx.Module):
         self.dropout = config.dropout
 
     def init_state(self, batch: int) -> BlockState:
-        memory = () if self.memory is None else self.memory.init_state(batch)
-        return BlockState(self.mixer.init_state(batch), memory)
+        memory = self.memory or self.part
+        memory_state = () if memory is None else memory.init_state(batch)
+        return BlockState(self.mixer.init_state(batch), memory_state)
 
     def __call__(
         self,
@@ -88,6 +93,8 @@ class Block(nnx.Module):
         """State, x_BTD and the auxiliary loss."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         x_BTD = constrain(x_BTD, "lanes", "tokens")
+        if self.part is not None:
+            x_BTD = x_BTD + self.part.read(state.memory, x_BTD)
         in_BTD = self.mixer_norm(x_BTD)
         auxiliary = self.mixer.auxiliary_loss(state.mixer, in_BTD, reset_BT)
         mixer_state, y_BTD = read_mixer(self.mixer, state.mixer, in_BTD, reset_BT)
@@ -104,6 +111,8 @@ class Block(nnx.Module):
             elif self.memory is not None:
                 memory_state, y_BTD = self.memory(memory_state, in_BTD, reset_BT, shared)
             x_BTD = x_BTD + dropout(y_BTD, self.dropout, keys[2])
+        if self.part is not None:
+            memory_state = self.part.write(state.memory, x_BTD)
         x_BTD = constrain(x_BTD, "lanes", "tokens")
         return BlockState(mixer_state, memory_state), x_BTD, auxiliary
 
@@ -124,8 +133,10 @@ class Pattern(nnx.Module):
         count = len(self.blocks)
         keys = [None] * count if dropout_key is None else jax.random.split(dropout_key, count)
         out, total = [], jnp.zeros((), jnp.float32)
-        for block, block_state, key in zip(self.blocks.values(), state, keys):
-            block_state, x_BTD, auxiliary = block.read(block_state, x_BTD, reset_BT, key, shared)
+        for (name, block), block_state, key in zip(self.blocks.items(), state, keys):
+            with telemetry.within(name):
+                read = block.read(block_state, x_BTD, reset_BT, key, shared)
+            block_state, x_BTD, auxiliary = read
             out.append(block_state)
             total += auxiliary
         return tuple(out), x_BTD, total
@@ -151,6 +162,22 @@ class StackState(NamedTuple):
 
     patterns: tuple[State, ...]
     tail: tuple[State, ...]
+
+
+def layer_memories(state: StackState) -> Any:
+    """The states of the layers' memory modules alone."""
+    return jax.tree.map(lambda block: block.memory, state, is_leaf=_is_block)
+
+
+def with_layer_memories(state: StackState, memories: Any) -> StackState:
+    """`state` with the states of the layers' memory modules that `layer_memories` returned."""
+    return jax.tree.map(
+        lambda block, memory: block._replace(memory=memory), state, memories, is_leaf=_is_block
+    )
+
+
+def _is_block(node: Any) -> bool:
+    return isinstance(node, BlockState)
 
 
 class Stack(nnx.Module):
@@ -186,15 +213,17 @@ class Stack(nnx.Module):
     ) -> tuple[StackState, Float[Array, "B T D"], Float[Array, ""]]:
         """The state, the residual stream after the last layer, the mean auxiliary loss."""
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.repeat + 1)
+        listen: Any = telemetry.listening if telemetry.heard() else telemetry.deaf
 
         def body(x_BTD: jax.Array, xs: Any):
             pattern, pattern_state, key = xs
             pattern = gathered(pattern)
             x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-            pattern_state, x_BTD, auxiliary = pattern.read(
-                pattern_state, x_BTD, reset_BT, key, self.shared
-            )
-            return x_BTD, (pattern_state, auxiliary)
+            with listen() as notes:
+                pattern_state, x_BTD, auxiliary = pattern.read(
+                    pattern_state, x_BTD, reset_BT, key, self.shared
+                )
+            return x_BTD, (pattern_state, auxiliary, notes)
 
         policy = gather_again() if self.remat == "none" else _REMAT[self.remat]
         if policy is not None:
@@ -202,11 +231,13 @@ class Stack(nnx.Module):
         patterns, tail = self._coupled()
         xs = (patterns, state.patterns, None if keys is None else keys[:-1])
         unroll = self.repeat if self.layers == "unroll" else 1
-        x_BTD, (after, auxiliary_R) = jax.lax.scan(body, x_BTD, xs, unroll=unroll)
+        x_BTD, (after, auxiliary_R, notes) = jax.lax.scan(body, x_BTD, xs, unroll=unroll)
+        telemetry.pass_on("patterns", notes)
         total, after_tail = jnp.sum(auxiliary_R), ()
         if tail is not None:
             xs = (tail, state.tail, None if keys is None else keys[-1:])
-            x_BTD, (after_tail, auxiliary_R) = jax.lax.scan(body, x_BTD, xs)
+            x_BTD, (after_tail, auxiliary_R, notes) = jax.lax.scan(body, x_BTD, xs)
+            telemetry.pass_on("tail", notes)
             total += jnp.sum(auxiliary_R)
         return StackState(after, after_tail), x_BTD, total / max(1, self.auxiliaries)
 

@@ -221,11 +221,47 @@ def _match(result: Row) -> list[Table]:
     return [pairs("Match", values)]
 
 
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float | None]) -> str:
+    """A character a value, from the smallest to the largest; a blank for None."""
+    known = [value for value in values if value is not None]
+    low, high = min(known), max(known)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(
+        " " if value is None else BLOCKS[round((value - low) * scale)] for value in values
+    )
+
+
+def _inspect(result: Row) -> list[Part]:
+    """The loss along the text, then of each memory what it wrote, kept and read."""
+
+    def line(memory: str, measure: str, values: Sequence[float | None]) -> Row:
+        known = [value for value in values if value is not None]
+        ends = {"from": min(known), "to": max(known)}
+        return {"memory": memory, "measure": measure, "along the text": sparkline(values), **ends}
+
+    lines = [line("", "loss", result["nll"])]
+    for memory in result["memories"]:
+        name = memory["name"]
+        for measure, values in memory.items():
+            if isinstance(values, list) and any(value is not None for value in values):
+                lines.append(line(name, measure, values))
+                name = ""
+    for note in result["notes"]:
+        lines.append(line(f"layer {note['layer']}", note["name"], note["values"]))
+    head = f"{result['text']} at step {result['step']}: {number(result['tokens'])} tokens, "
+    head += f"{result['stride']} a column"
+    return [head, rows("", lines), f"figure    {result['figure']}"]
+
+
 _TABLES: dict[str, Callable[[Any], Sequence[Part]]] = {
     "bench": _bench,
     "data": _data,
     "describe": _describe,
     "eval": _eval,
+    "inspect": _inspect,
     "list": lambda result: [rows("Runs", result)],
     "match": _match,
     "report": lambda result: [pairs("Report", _flat(result))],

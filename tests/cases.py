@@ -14,6 +14,7 @@ from memjax.mixers import (
     MLSTM,
     RGLRU,
     TTTMLP,
+    AllAttention,
     Attention,
     Based,
     Compressive,
@@ -47,6 +48,7 @@ WIDTH = 16
 KINDS = {kind: config() for kind, (config, _) in MIXERS.items()} | {
     # With fewer keys, the output of a head may cancel to less than bfloat16 can tell from nothing.
     "gla": GLA(heads=2),
+    "all_attention": AllAttention(slots=5, heads=2, context=23),
     "deltanet": DeltaNet(heads=2),
     "based": Based(heads=2, key_size=3, chunk=8),
     "mamba": Mamba(states=3, expand=1, rank=2, chunk=8),
@@ -75,6 +77,7 @@ VARIANTS = {
     "attention-nope": Attention(position=NoPE(), window=11),
     "attention-alibi": Attention(position=ALiBi(), context=12),
     "attention-self-only": Attention(window=1),
+    "all_attention-window": AllAttention(slots=3, window=6, head_size=3, position=NoPE()),
     "linear-none": LinearAttention(decay="none", chunk=8),
     "linear-vector": LinearAttention(decay="vector", heads=2, chunk=16, value_size=6),
     "delta-no-conv-negative": GatedDeltaNet(conv=None, negative_eigenvalues=True, chunk=8),

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"shapes", "config", "errors", "platform", "tables"},
+    {"shapes", "config", "errors", "platform", "tables", "telemetry"},
     {"sharding", "ops", "distributed"},
     {"layers", "positions"},
     {"mixers", "memory", "data"},

@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 from cases import WIDTH, apply, moved
 from flax import nnx
+from oracles.memories.armt import armt_read, armt_write
 
 from memjax.architecture import Model
 from memjax.config import ConfigError
 from memjax.layers import RMSNorm
 from memjax.memory import (
+    ARMT,
+    LM2,
     MEMORIES,
     LandmarkMemory,
     MemorizingMemory,
+    MemoryPlus,
+    Persistent,
+    ProductKeys,
     RecurrentTokens,
 )
 from memjax.mixers import LSTM, MIXERS, Attention, GatedDeltaNet
@@ -27,6 +33,17 @@ from memjax.positions import ALiBi
 VOCAB = 31
 MEMORY_CASES = {
     "recurrent_tokens": (RecurrentTokens(slots=3, segment=8), ("attention", "lstm")),
+    "product_keys": (
+        ProductKeys(keys=5, heads=2, top_k=3, query_size=6, at=(1,)),
+        ("attention", "lstm"),
+    ),
+    "armt": (ARMT(slots=3, segment=8, memory_size=5), ("attention", "lstm")),
+    "lm2": (LM2(slots=3, segment=5, heads=2, at=(0,)), ("attention", "lstm")),
+    "memory_plus": (
+        MemoryPlus(keys=6, heads=2, top_k=4, query_size=6, value_size=7),
+        ("gated_deltanet",),
+    ),
+    "persistent": (Persistent(slots=5), ("attention", "gated_deltanet")),
     "recurrent_tokens-delta": (RecurrentTokens(slots=2, segment=5), ("gated_deltanet",)),
     "memorizing": (
         MemorizingMemory(layers=("recall",), memory=9, neighbours=3, segment=4, cache=3),
@@ -199,13 +216,87 @@ def test_landmarks_end_every_block_and_predict_the_token_after_it():
     assert_close(got, want)
 
 
+def test_armt_layers_read_and_write_as_in_the_paper():
+    """Segment by segment and layer by layer; between reading and writing, our layers."""
+    memory, pattern = MEMORY_CASES["armt"]
+    lm = model_with(memory, pattern)[1]
+    x, reset = tokens(resets=[])
+    blocks = [
+        jax.tree.map(lambda a, r=r: a[r], block)  # layers of the pattern, repeat by repeat
+        for r in range(2)
+        for block in lm.stack.patterns.blocks.values()
+    ]
+    params = [
+        jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(block.part)))
+        for block in blocks
+    ]
+
+    @jax.jit
+    def layer(block, h):
+        start, no_reset = block.mixer.init_state(3), jnp.zeros((3, 11), bool)
+        h += block.mixer(start, block.mixer_norm(h), no_reset)[1]
+        return h + block.mlp(block.mlp_norm(h))
+
+    size = 2 * memory.order * memory.memory_size
+    kept = [[(np.zeros((size, WIDTH)), np.zeros(size)) for _ in range(3)] for _ in blocks]
+    outputs = []
+    for start in (0, 8, 16):
+        text = lm.embedding[...][x[:, start : start + 8]]
+        slots = jnp.broadcast_to(lm.memory.tokens[...], (3, 3, WIDTH))
+        h = np.asarray(jnp.concatenate([text, slots], 1), np.float64)
+        for block, own, state in zip(blocks, params, kept):
+            for lane, (A, z) in enumerate(state):
+                h[lane] += [armt_read(own, memory, A, z, token) for token in h[lane]]
+            h = np.array(layer(block, jnp.asarray(h, jnp.float32)), np.float64)
+            for lane, (A, z) in enumerate(state):
+                state[lane] = armt_write(own, memory, A, z, h[lane, -3:])
+        outputs.append(lm.norm(jnp.asarray(h[:, :-3], jnp.float32)))
+    state, logits = apply(lm, lm.init_state(3), x, reset)
+    assert_close(logits[:, :24], lm.logits(jnp.concatenate(outputs, 1)), 2e-4)
+    layers = state.memory.layers
+    for i, want in enumerate(kept):
+        got = jax.tree.map(lambda a, i=i: a[0, :, i // 2], layers.patterns[i % 2])
+        for lane, (A, z) in enumerate(want):
+            np.testing.assert_allclose(got.memory_BFD[lane], A, rtol=2e-4, atol=2e-4)
+            np.testing.assert_allclose(got.total_BF[lane], z, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["recurrent_tokens", "armt"])
+def test_gradient_reaches_every_segment_of_the_document_and_nothing_before(kind):
+    """Seen from token 25 through what the layers make of it; each token has an id of its own."""
+    lm = model_with(MEMORY_CASES[kind][0], ("lstm",))[1]
+    x, reset = jnp.arange(LENGTH)[None], jnp.zeros((1, LENGTH), bool).at[0, 3].set(True)
+    start = lm.init_state(1)
+
+    @jax.jit
+    @jax.grad
+    def gradient(table):
+        definition, params = split(lm)
+        twin = nnx.merge(definition, nnx.State(params | {"embedding": table}))
+        return (twin.read(start, x, reset).hidden_BTD[:, 25] ** 2).sum()
+
+    reached = np.abs(gradient(lm.embedding[...])).max(-1)
+    assert set(np.flatnonzero(reached > 0)) == set(range(3, 26))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         (dict(memory=RecurrentTokens(), dropout=0.1), "dropout=0.1 must be 0 with memory recurren"),
+        (dict(memory=ProductKeys(), mlp=None), "mlp=None product_keys replaces the MLP of a block"),
+        (dict(memory=LM2(slots=300)), "slots=300 must be at most d_model=256: slots start as"),
+        (dict(memory=MemoryPlus(at=(1,))), "at=(1,) must name places of the pattern, 0 to 0"),
+        (
+            dict(memory=Persistent(), pattern=("lstm",)),
+            "memory='persistent' replaces attention, of",
+        ),
+        (
+            dict(memory=Persistent(), mixers=dict(attention=Attention(kv_heads=2))),
+            "mixers.attention.kv_heads=2 has no place in memory persistent; leave it out",
+        ),
     ],
 )
 def test_a_memory_that_makes_no_sense_for_a_model_is_refused(fields, message):
     with pytest.raises(ConfigError) as error:
-        Model(pattern=("attention",), **fields)
+        Model(**{"pattern": ("attention",), **fields})
     assert message in str(error.value)

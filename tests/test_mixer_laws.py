@@ -22,6 +22,7 @@ from memjax.mixers import MIXERS
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 LENGTH = 37
 ONE_FORM = {
+    "all_attention",  # blocks are as long as the reach
     "base_conv",  # a convolution of a few taps is all there is
     "compressive",  # whole segments, each by itself
     "landmark",  # whole blocks, each by itself

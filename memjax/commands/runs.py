@@ -1,4 +1,4 @@
-"""Commands about one run: train, eval, generate, data, describe, bench, list."""
+"""Commands about one run: train, eval, generate, inspect, data, describe, bench, list."""
 
 import argparse
 import dataclasses
@@ -153,6 +153,24 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     )
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir(parser)
+    add = parser.add_argument
+    add("--text", metavar="FILE", required=True, help="the text to read, one document")
+    add("--stride", type=int, metavar="N", help="tokens a measurement; default: 64 measurements")
+    add("--tokens", type=int, default=4096, metavar="N", help="read so many at most; default 4096")
+    add("--step", type=int, metavar="N", help="checkpoint to use; default the newest")
+
+
+def _inspect(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    from memjax.report.inspection import run_inspect
+
+    refuse_unknown(rest)
+    return run_inspect(
+        args.workdir, args.text, stride=args.stride, tokens=args.tokens, step=args.step
+    )
+
+
 def _data(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     from memjax.data import describe
 
@@ -264,6 +282,13 @@ RUNS = {
         _generate,
         takes_config=False,
         examples="memjax generate --workdir=runs/first --prompt='import ' --temperature=0.8",
+    ),
+    "inspect": Command(
+        "draw what a run's memories wrote, kept and read along a text",
+        _inspect_arguments,
+        _inspect,
+        takes_config=False,
+        examples="memjax inspect --workdir=runs/first --text=README.md",
     ),
     "data": Command(
         "read, tokenize and cache the data of a config, and count it",

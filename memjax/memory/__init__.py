@@ -8,11 +8,23 @@ from typing import Any
 
 from flax import nnx
 
-from memjax.memory.base import LayerMemory, LayerModule, MemoryConfig, SegmentMemory, SegmentModule
+from memjax.memory.armt import ARMT, ARMTModule
+from memjax.memory.base import (
+    LayerMemory,
+    LayerModule,
+    LayerPart,
+    MemoryConfig,
+    SegmentMemory,
+    SegmentModule,
+)
 from memjax.memory.compressive import CompressiveMemory
 from memjax.memory.infini import InfiniMemory
 from memjax.memory.landmark import LandmarkMemory, LandmarkModule
+from memjax.memory.lm2 import LM2, LM2Module
 from memjax.memory.memorizing import MemorizingMemory
+from memjax.memory.memory_plus import MemoryPlus, MemoryPlusModule
+from memjax.memory.persistent import Persistent
+from memjax.memory.product_keys import ProductKeys, ProductKeysModule
 from memjax.memory.recurrent_tokens import RecurrentTokens, RecurrentTokensModule
 from memjax.memory.transformer_xl import TransformerXLMemory
 
@@ -23,6 +35,11 @@ MEMORIES: dict[str, tuple[type[MemoryConfig], type[nnx.Module] | None]] = {
     "infini": (InfiniMemory, None),
     "memorizing": (MemorizingMemory, None),
     "transformer_xl": (TransformerXLMemory, None),
+    "persistent": (Persistent, None),
+    "product_keys": (ProductKeys, ProductKeysModule),
+    "memory_plus": (MemoryPlus, MemoryPlusModule),
+    "lm2": (LM2, LM2Module),
+    "armt": (ARMT, ARMTModule),
 }
 """The module is None for a memory that takes the place of mixers: it is in `MIXERS`."""
 
@@ -33,6 +50,12 @@ def layer_class(config: LayerMemory) -> type[LayerModule]:
     return module
 
 
+def make_layer_part(config: SegmentMemory, d_model: int, *, rngs: nnx.Rngs) -> LayerPart | None:
+    """The part in a block of the module of a model, if it has one."""
+    module: Any = MEMORIES[config.kind][1]
+    return module.layer_part(config, d_model, rngs=rngs)
+
+
 def make_segment_module(config: SegmentMemory, d_model: int, *, rngs: nnx.Rngs) -> SegmentModule:
     """The module of a model."""
     module: Any = MEMORIES[config.kind][1]
@@ -40,14 +63,20 @@ def make_segment_module(config: SegmentMemory, d_model: int, *, rngs: nnx.Rngs) 
 
 
 __all__ = [
+    "ARMT",
+    "LM2",
     "MEMORIES",
     "CompressiveMemory",
     "InfiniMemory",
     "LandmarkMemory",
     "MemorizingMemory",
     "MemoryConfig",
+    "MemoryPlus",
+    "Persistent",
+    "ProductKeys",
     "RecurrentTokens",
     "TransformerXLMemory",
     "layer_class",
+    "make_layer_part",
     "make_segment_module",
 ]

@@ -2,7 +2,8 @@
 
     MixerMemory     takes the place of the attention mixers: carried context
     LayerMemory     reads and writes beside the mixer of a block, or in place of its MLP
-    SegmentMemory   adds tokens to every segment and is what is left of them afterwards
+    SegmentMemory   adds tokens to every segment and is what is left of them afterwards; it may have
+                    a part in every layer too
 
 A config says where it attaches by its base class; `model` below is a `memjax.architecture.Model`.
 Each module obeys the laws of a mixer (explicit state, any split equals the whole, nothing crosses a
@@ -17,7 +18,7 @@ import jax
 from flax import nnx
 
 from memjax.config import FieldError, check
-from memjax.mixers.base import MixerConfig, State
+from memjax.mixers.base import MemoryReport, MixerConfig, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,11 @@ class SegmentMemory(MemoryConfig):
 
     segment: int = 128
 
+    @property
+    @abstractmethod
+    def added(self) -> int:
+        """Tokens that the layers read with those of a segment."""
+
     def check_model(self, model: Any) -> None:
         check(self, "segment", self.segment >= 1, "must be at least 1")
         rule = f"must be 0 with memory {self.kind}, whose segments are read again"
@@ -136,6 +142,33 @@ class LayerModule(nnx.Module):
     ) -> tuple[State, jax.Array]:
         """The state after the segment, and what is added to the residual stream."""
 
+    @abstractmethod
+    def memory_report(self, segment: int = 1024, state: State | None = None) -> MemoryReport:
+        """Cost for segments of `segment` tokens, and telemetry of `state`, as of a mixer."""
+
+
+class LayerPart(nnx.Module):
+    """What a SegmentMemory's config builds for one block: read before it, written after it.
+
+    Its state is kept from segment to segment, when the states of the mixers begin anew.
+    """
+
+    @abstractmethod
+    def init_state(self, batch: int) -> State:
+        """The state before the first segment of a document, lanes on axis 0."""
+
+    @abstractmethod
+    def read(self, state: State, x_BLD: jax.Array) -> jax.Array:
+        """What is added to the input of the block."""
+
+    @abstractmethod
+    def write(self, state: State, x_BLD: jax.Array) -> State:
+        """The state after the segment, from the output of the block."""
+
+    @abstractmethod
+    def memory_report(self, state: State | None = None) -> MemoryReport:
+        """As of a mixer; operations a token that the block reads, those of the memory counted."""
+
 
 class SegmentModule(nnx.Module):
     """What a SegmentMemory's config builds for the model.
@@ -145,6 +178,11 @@ class SegmentModule(nnx.Module):
     """
 
     carries_layers: ClassVar[bool] = False
+
+    @staticmethod
+    def layer_part(config: Any, d_model: int, *, rngs: nnx.Rngs) -> LayerPart | None:
+        """The part of the module in one block; None for none."""
+        return None
 
     @abstractmethod
     def initial(self) -> Any:

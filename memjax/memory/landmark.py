@@ -30,6 +30,10 @@ class LandmarkMemory(LandmarkFields, MixerMemory, SegmentMemory):
         whole = self.segment >= 1 and self.segment % self.block == 0
         check(self, "segment", whole, f"must be a multiple of block={self.block}; try {near}")
 
+    @property
+    def added(self) -> int:
+        return self.segment // self.block
+
     def mixer(self, attention: Any) -> Landmark:
         return self.replacing(Landmark, attention)
 

@@ -23,6 +23,10 @@ class RecurrentTokens(SegmentMemory):
     def __post_init__(self):
         check_at_least(self, 1, "slots", "segment")
 
+    @property
+    def added(self) -> int:
+        return 2 * self.slots
+
 
 class RecurrentTokensModule(SegmentModule):
     """The layers read [memory, segment, memory]; the outputs of the last are the next memory.

@@ -3,6 +3,7 @@
 To add one: a file here, an oracle in `tests/oracles/`, a config in `configs/`, and a line below.
 """
 
+from memjax.mixers.all_attention import AllAttention, AllAttentionMixer
 from memjax.mixers.attention import Attention, AttentionMixer
 from memjax.mixers.base import MemoryReport, MixerConfig, SequenceMixer
 from memjax.mixers.base_conv import BaseConv, BaseConvMixer
@@ -35,6 +36,7 @@ from memjax.mixers.ttt import TTTMLP, TTTLinear, TTTLinearMixer, TTTMLPMixer
 
 MIXERS: dict[str, tuple[type[MixerConfig], type[SequenceMixer]]] = {
     "attention": (Attention, AttentionMixer),
+    "all_attention": (AllAttention, AllAttentionMixer),
     "linear_attention": (LinearAttention, LinearAttentionMixer),
     "gated_deltanet": (GatedDeltaNet, GatedDeltaNetMixer),
     "lstm": (LSTM, LSTMMixer),
@@ -75,6 +77,7 @@ __all__ = [
     "MLSTM",
     "RGLRU",
     "TTTMLP",
+    "AllAttention",
     "Attention",
     "BaseConv",
     "Based",

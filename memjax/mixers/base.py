@@ -88,8 +88,8 @@ class SequenceMixer(nnx.Module):
         """Cost for segments of `segment` tokens, and telemetry of `state`."""
 
 
-def state_bytes(mixer: SequenceMixer) -> int:
-    """Bytes of state a sequence, from the shapes that `init_state` really makes."""
+def state_bytes(mixer: Any) -> int:
+    """Bytes of state a sequence, from the shapes that `mixer.init_state` really makes."""
     # Apart from its parameters, of which there may be shapes alone, and which init_state may read.
     definition, params = nnx.split(mixer)
     state = jax.eval_shape(lambda params: nnx.merge(definition, params).init_state(1), params)

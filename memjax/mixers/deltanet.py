@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import check_at_least
 from memjax.layers import Linear, check_heads, l2_normalise
 from memjax.mixers.base import (
@@ -100,6 +101,7 @@ class DeltaNetMixer(SequenceMixer):
         value_tail_BMF, v_BTF = self.value(state.value_tail_BMF, x_BTD, reset_BT)
         strength = 2.0 if self.config.negative_eigenvalues else 1.0
         beta_BTH = strength * jax.nn.sigmoid(self.beta(x_BTD).astype(jnp.float32))
+        telemetry.note_gates(None, beta_BTH)
         o_BTHV, memory_BHKV = delta_rule(
             l2_normalise(split_heads(q_BTF, heads)),
             l2_normalise(split_heads(k_BTF, heads)),

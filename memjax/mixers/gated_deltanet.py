@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import check, check_at_least
 from memjax.layers import Linear, l2_normalise
 from memjax.mixers.base import (
@@ -118,6 +119,7 @@ class GatedDeltaNetMixer(SequenceMixer):
         key_tail_BMF, k_BTF = self.key(state.key_tail_BMF, x_BTD, reset_BT)
         value_tail_BMF, v_BTF = self.value(state.value_tail_BMF, x_BTD, reset_BT)
         beta_BTH, log_decay_BTH = self.gates(x_BTD)
+        telemetry.note_gates(log_decay_BTH, beta_BTH)
         o_BTHV, memory_BHKV = delta_rule(
             l2_normalise(split_heads(q_BTF, heads)),
             l2_normalise(split_heads(k_BTF, heads)),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import check, check_at_least
 from memjax.layers import Linear, check_heads
 from memjax.mixers.base import (
@@ -95,11 +96,13 @@ class GLAMixer(SequenceMixer):
     ) -> tuple[GLAState, Float[Array, "B T D"]]:
         heads = self.config.heads
         score_BTF = self.decay(self.decay_into(x_BTD)).astype(jnp.float32)
+        log_decay_BTF = jax.nn.log_sigmoid(score_BTF) / GATE_TEMPERATURE
+        telemetry.note_gates(log_decay_BTF)
         o_BTHV, memory_BHKV = linear_attention(
             split_heads(self.query(x_BTD), heads),
             split_heads(self.key(x_BTD), heads),
             split_heads(self.value(x_BTD), heads),
-            split_heads(jax.nn.log_sigmoid(score_BTF) / GATE_TEMPERATURE, heads),
+            split_heads(log_decay_BTF, heads),
             state.memory_BHKV,
             reset_BT,
             chunk=self.config.chunk,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import check, check_at_least
 from memjax.layers import Linear, RMSNorm
 from memjax.mixers.base import (
@@ -105,6 +106,7 @@ class HGRN2Mixer(SequenceMixer):
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[HGRN2State, Float[Array, "B T D"]]:
         log_forget_BTF, write_BTF = self.gates(x_BTD)
+        telemetry.note_gates(log_forget_BTF)
         o_BTHV, memory_BHKV = linear_attention(
             split_heads(jax.nn.silu(self.query(x_BTD)), self.heads),
             split_heads(write_BTF.astype(x_BTD.dtype), self.heads),

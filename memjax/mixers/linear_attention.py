@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import check_at_least
 from memjax.layers import Linear, RMSNorm, check_heads
 from memjax.mixers.base import (
@@ -113,11 +114,13 @@ class LinearAttentionMixer(SequenceMixer):
         def heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], self.config.heads, -1)
 
+        log_decay = self.log_decay(x_BTD)
+        telemetry.note_gates(log_decay)
         o_BTHV, memory_BHKV = linear_attention(
             heads(self.query(x_BTD)),
             heads(self.key(x_BTD)),
             heads(self.value(x_BTD)),
-            self.log_decay(x_BTD),
+            log_decay,
             state.memory_BHKV,
             reset_BT,
             chunk=self.config.chunk,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import check, check_at_least
 from memjax.layers import Linear, ShortConv
 from memjax.mixers.base import (
@@ -122,11 +123,13 @@ class Mamba2Mixer(SequenceMixer):
         u_BTE, k_BTF, q_BTF = self._split(jax.nn.silu(streams_BTF), (self.inner, maps, maps))
         u_BTHV = u_BTE.reshape(*lanes, self.heads, -1)
         step_BTH = jax.nn.softplus(step_BTH.astype(jnp.float32) + self.step_bias[...])
+        log_decay_BTH = -jnp.exp(self.log_rate[...]) * step_BTH
+        telemetry.note_gates(log_decay_BTH)
         o_BTHV, memory_BHKV = linear_attention(
             q_BTF.reshape(*lanes, groups, -1),
             k_BTF.reshape(*lanes, groups, -1),
             (step_BTH[..., None] * u_BTHV).astype(x_BTD.dtype),
-            -jnp.exp(self.log_rate[...]) * step_BTH,
+            log_decay_BTH,
             state.memory_BHKV,
             reset_BT,
             scale=1.0,

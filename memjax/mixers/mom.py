@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import check, check_at_least
 from memjax.layers import Linear, check_heads, l2_normalise
 from memjax.mixers.base import (
@@ -139,6 +140,8 @@ class MoMMixer(SequenceMixer):
     ) -> tuple[MoMState, Float[Array, "B T D"]]:
         heads, count = self.config.heads, self.count
         p_BTM, chosen_BTM = self.route(x_BTD)
+        for memory in range(self.config.memories):
+            telemetry.note(f"router_load_{memory}", chosen_BTM[..., memory])
         weight_BTM = p_BTM * chosen_BTM
         weight_BTM = weight_BTM / jnp.sum(weight_BTM, -1, keepdims=True)
         extra = ((0, 0), (0, 0), (0, int(self.config.shared)))
@@ -169,6 +172,7 @@ class MoMMixer(SequenceMixer):
         strength_BTH, log_decay = self.gates(x_BTD)
         if log_decay is not None:
             log_decay = log_decay * open_BTH.reshape(*open_BTH.shape, *[1] * (log_decay.ndim - 3))
+        telemetry.note_gates(log_decay, strength_BTH)
         settings = dict(chunk=self.config.chunk, impl=self.config.impl)
         if strength_BTH is not None:
             beta_BTH = strength_BTH * open_BTH

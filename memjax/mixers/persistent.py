@@ -57,11 +57,67 @@ def attend(q_HCK, plain_HCK, k_HJK, v_HJK, prefix: Prefix, seen_CJ, penalty_HCJ=
     return o_HCK.astype(q_HCK.dtype)
 
 
+def attend_window(queries, keys, prefix: Prefix, *, window: int, slopes_H=None) -> jax.Array:
+    """`attend` over 0 <= t - j < window and the prefix, heads' outputs side by side, `[B, T, D]`.
+
+    queries: q_BTHK, the same without positions, and the documents id_BT. keys: k_BJHK, v_BJHK and
+    id_BJ of the window - 1 tokens before the segment and of its own. slopes_H: of ALiBi.
+    Computed in blocks of `window` tokens, each against itself and the block before it.
+    """
+    (q_BTHK, plain_BTHK, id_BT), (k_BJHK, v_BJHK, id_BJ) = queries, keys
+    batch, tokens = id_BT.shape
+    block, before = min(window, tokens), window - 1
+    count = -(-tokens // block)
+    extra = block - before if count > 1 else 0  # the reach to the left, in whole blocks
+    behind = count * block - tokens
+
+    def query_blocks(x_BT: jax.Array) -> jax.Array:
+        x_BT = jnp.pad(x_BT, ((0, 0), (0, behind), (0, 0), (0, 0)))
+        x_BNCH = x_BT.reshape(batch, count, block, *x_BT.shape[2:])
+        return jnp.swapaxes(x_BNCH, 2, 3)
+
+    def key_blocks(x_BJ: jax.Array, fill: int = 0) -> jax.Array:
+        more = ((0, 0),) * (x_BJ.ndim - 2)
+        x_BJ = jnp.pad(x_BJ, ((0, 0), (extra, behind), *more), constant_values=fill)
+        if count == 1:
+            return x_BJ[:, None]
+        x_BNC = x_BJ.reshape(batch, count + 1, block, *x_BJ.shape[2:])
+        return jnp.concatenate([x_BNC[:, :-1], x_BNC[:, 1:]], 2)
+
+    id_BNC = jnp.pad(id_BT, ((0, 0), (0, behind)), constant_values=-2)
+    id_BNC, id_BNJ = id_BNC.reshape(batch, count, block), key_blocks(id_BJ, -1)
+    gap_CJ = before + extra + jnp.arange(block)[:, None] - jnp.arange(id_BNJ.shape[-1])
+    seen_BNCJ = id_BNC[..., :, None] == id_BNJ[..., None, :]
+    seen_BNCJ &= (gap_CJ >= 0) & (gap_CJ < window)
+    penalty = None if slopes_H is None else slopes_H[:, None, None] * gap_CJ
+    o_BNHCK = jax.checkpoint(attend)(
+        query_blocks(q_BTHK),
+        query_blocks(plain_BTHK),
+        jnp.swapaxes(key_blocks(k_BJHK), 2, 3),
+        jnp.swapaxes(key_blocks(v_BJHK), 2, 3),
+        prefix,
+        seen_BNCJ[:, :, None],
+        penalty,
+    )
+    o_BTD = jnp.swapaxes(o_BNHCK, 2, 3).reshape(batch, count * block, -1)
+    return o_BTD[:, :tokens]
+
+
+def keep_window(k_BJHK, v_BJHK, id_BJ, position_BT, window: int) -> WindowState:
+    """The state after a segment: what of its keys and values the next one may still see."""
+    keep = slice(k_BJHK.shape[1] - (window - 1), None)
+    valid_BM = id_BJ[:, keep] == id_BJ[:, -1:]
+    k_BMHK, v_BMHK = (
+        jnp.where(valid_BM[..., None, None], a[:, keep], 0).astype(jnp.float32)
+        for a in (k_BJHK, v_BJHK)
+    )
+    return WindowState(k_BMHK, v_BMHK, valid_BM, position_BT[:, -1] + 1)
+
+
 class WindowAttention(nnx.Module):
     """o_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j over 0 <= t - j < window, and the prefix.
 
     The heads' outputs side by side; the projection behind them is the caller's.
-    Computed in blocks of `window` tokens, each against itself and the block before it.
     """
 
     def __init__(
@@ -115,54 +171,14 @@ class WindowAttention(nnx.Module):
         v_BJHK = jnp.concatenate([state.v_BMHK.astype(x_BTD.dtype), v_BTHK], 1)
         id_BT = document_ids(reset_BT)
         id_BJ = jnp.concatenate([jnp.where(state.valid_BM, 0, -1), id_BT], 1)
-        o_BTD = self._blocks(q_BTHK, plain_BTHK, k_BJHK, v_BJHK, id_BT, id_BJ)
-        keep = slice(k_BJHK.shape[1] - (self.window - 1), None)
-        valid_BM = id_BJ[:, keep] == id_BJ[:, -1:]
-        k_BMHK, v_BMHK = (
-            jnp.where(valid_BM[..., None, None], a[:, keep], 0).astype(jnp.float32)
-            for a in (k_BJHK, v_BJHK)
+        o_BTD = attend_window(
+            (q_BTHK, plain_BTHK, id_BT),
+            (k_BJHK, v_BJHK, id_BJ),
+            self.prefix(x_BTD.dtype),
+            window=self.window,
+            slopes_H=self.position.slopes(self.heads),
         )
-        return WindowState(k_BMHK, v_BMHK, valid_BM, position_BT[:, -1] + 1), o_BTD
-
-    def _blocks(self, q_BTHK, plain_BTHK, k_BJHK, v_BJHK, id_BT, id_BJ) -> jax.Array:
-        """Blocks of C tokens over keys of the M tokens before each and its own."""
-        batch, tokens = id_BT.shape
-        block, before = min(self.window, tokens), self.window - 1
-        count = -(-tokens // block)
-        extra = block - before if count > 1 else 0  # the reach to the left, in whole blocks
-        behind = count * block - tokens
-
-        def queries(x_BT: jax.Array) -> jax.Array:
-            x_BT = jnp.pad(x_BT, ((0, 0), (0, behind), (0, 0), (0, 0)))
-            x_BNCH = x_BT.reshape(batch, count, block, *x_BT.shape[2:])
-            return jnp.swapaxes(x_BNCH, 2, 3)
-
-        def keys(x_BJ: jax.Array, fill: int = 0) -> jax.Array:
-            more = ((0, 0),) * (x_BJ.ndim - 2)
-            x_BJ = jnp.pad(x_BJ, ((0, 0), (extra, behind), *more), constant_values=fill)
-            if count == 1:
-                return x_BJ[:, None]
-            x_BNC = x_BJ.reshape(batch, count + 1, block, *x_BJ.shape[2:])
-            return jnp.concatenate([x_BNC[:, :-1], x_BNC[:, 1:]], 2)
-
-        id_BNC = jnp.pad(id_BT, ((0, 0), (0, behind)), constant_values=-2)
-        id_BNC, id_BNJ = id_BNC.reshape(batch, count, block), keys(id_BJ, -1)
-        gap_CJ = before + extra + jnp.arange(block)[:, None] - jnp.arange(id_BNJ.shape[-1])
-        seen_BNCJ = id_BNC[..., :, None] == id_BNJ[..., None, :]
-        seen_BNCJ &= (gap_CJ >= 0) & (gap_CJ < self.window)
-        slopes_H = self.position.slopes(self.heads)
-        penalty = None if slopes_H is None else slopes_H[:, None, None] * gap_CJ
-        o_BNHCK = jax.checkpoint(attend)(
-            queries(q_BTHK),
-            queries(plain_BTHK),
-            jnp.swapaxes(keys(k_BJHK), 2, 3),
-            jnp.swapaxes(keys(v_BJHK), 2, 3),
-            self.prefix(q_BTHK.dtype),
-            seen_BNCJ[:, :, None],
-            penalty,
-        )
-        o_BTD = jnp.swapaxes(o_BNHCK, 2, 3).reshape(batch, count * block, -1)
-        return o_BTD[:, :tokens]
+        return keep_window(k_BJHK, v_BJHK, id_BJ, position_BT, self.window), o_BTD
 
     def attention_flops(self, segment: int) -> float:
         """Operations a token of scores and sums."""

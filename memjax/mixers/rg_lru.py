@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import check, check_at_least
 from memjax.layers import Linear, ShortConv, dot_transposed, normal
 from memjax.mixers.base import (
@@ -117,6 +118,7 @@ class RGLRUMixer(SequenceMixer):
     ) -> tuple[RGLRUState, Float[Array, "B T D"]]:
         tail_BME, u_BTE = self.conv(state.tail_BME, self.into(x_BTD), reset_BT)
         log_decay_BTE, let_in_BTE = self.gates_of(u_BTE)
+        telemetry.note_gates(log_decay_BTE)
         h_BTE, memory_BE = diagonal_scan(
             _root(-jnp.expm1(2 * log_decay_BTE)) * let_in_BTE * u_BTE,
             log_decay_BTE,

@@ -15,6 +15,7 @@ from memjax.config import ConfigError
 from memjax.data import Corpus, TaskCorpus, open_data
 from memjax.data.streams import Batch, batches, iterate
 from memjax.distributed import Watch, compiled, straggler
+from memjax.evals.inspection import quick_inspection
 from memjax.evals.perplexity import quick_eval
 from memjax.evals.tasks import quick_task
 from memjax.experiment import Experiment
@@ -283,6 +284,10 @@ class _Run:
                 values = quick_task(parts, self.valid, length=length, rows=rows, mesh=mesh)
             else:
                 values = quick_eval(parts, self.valid, config.eval, sequence=length, mesh=mesh)
+                count = config.eval.memory_tokens
+                if count is not None and jax.process_count() == 1:
+                    told = quick_inspection(parts, config.model, self.valid, count)
+                    values |= {f"eval_{name}": value for name, value in told.items()}
         self.eval_loss, self.evaluated = _finite(values["eval_loss"]), self.step
         return values
 

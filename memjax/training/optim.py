@@ -55,15 +55,18 @@ def make_schedule(config: Optimizer, steps: int) -> optax.Schedule:
 
 
 def is_decayed(axes: tuple[str, ...]) -> bool:
-    """Whether weight decay applies: to matrices; not to norms, biases, gates, convolutions."""
+    """Whether weight decay applies: to matrices; not to norms, biases, gates, convolutions.
+
+    Nor to large tables ("rows"): it would wear down the rows that no token reads.
+    """
     axes = _without_layers(axes)
-    return len(axes) >= 2 and "conv" not in axes
+    return len(axes) >= 2 and not {"conv", "rows"} & set(axes)
 
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
     """Whether Muon updates the parameter: a matrix [out, in] between two hidden spaces."""
     axes = _without_layers(axes)
-    return len(axes) == 2 and not {"conv", "vocab"} & set(axes)
+    return len(axes) == 2 and not {"conv", "vocab", "rows"} & set(axes)
 
 
 def _without_layers(axes: tuple[str, ...]) -> tuple[str, ...]:

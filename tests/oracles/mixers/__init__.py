@@ -4,6 +4,7 @@
 the mixer's own, as nested dicts of float64 arrays.
 """
 
+from oracles.mixers.all_attention import all_attention
 from oracles.mixers.attention import attention
 from oracles.mixers.base_conv import base_conv
 from oracles.mixers.based import based
@@ -30,6 +31,7 @@ from oracles.mixers.transformer_xl import transformer_xl
 from oracles.mixers.ttt import ttt_linear, ttt_mlp
 
 ORACLES = {
+    "all_attention": all_attention,
     "attention": attention,
     "base_conv": base_conv,
     "based": based,
