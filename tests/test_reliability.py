@@ -29,7 +29,7 @@ from memjax.training.clock import Clock
 from memjax.training.config import Checkpoint
 from memjax.training.errors import CheckpointError, TrainingError
 from memjax.training.loop import train
-from memjax.training.metrics import read_records
+from memjax.training.metrics import read_records, run_id
 
 ROOT = Path(__file__).parents[1]
 compiled_programs, experiment = loops.compiled_programs, loops.experiment  # fixtures
@@ -278,9 +278,11 @@ def test_wandb_gets_every_record_and_goes_on_with_the_run(plain, tmp_path, monke
     train(with_train(config, steps=4), tmp_path / "run")
     train(config, tmp_path / "run")
     settings = [call[1] for call in calls if call[0] == "init"]
-    assert [(s["project"], s["id"], s["resume"]) for s in settings] == [
+    assert [(s["project"], s["name"], s["resume"]) for s in settings] == [
         ("project", "run", "allow")
     ] * 2
+    assert settings[0]["id"] == settings[1]["id"] == run_id(tmp_path / "run")
+    assert run_id(tmp_path / "other" / "run") != run_id(tmp_path / "run")
     assert settings[0]["config"]["train"]["steps"] == 4
     logged = [(call[1], call[2]["loss"]) for call in calls if call[0] == "log"]
     records = read_records(tmp_path / "run" / "metrics.jsonl")

@@ -1,6 +1,7 @@
 """Records of a run: metrics.jsonl, TensorBoard, and Weights & Biases if asked for."""
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -95,7 +96,8 @@ class WandB(Sink):
         self._run = wandb.init(
             project=project,
             dir=str(workdir),
-            id=workdir.resolve().name,
+            name=workdir.resolve().name,
+            id=run_id(workdir),
             resume="allow",
             config=configs.to_dict(experiment),
         )
@@ -105,6 +107,12 @@ class WandB(Sink):
 
     def close(self) -> None:
         self._run.finish()
+
+
+def run_id(workdir: Path) -> str:
+    """The folder's name, and a digest of its path: other folders may have the same name."""
+    path = workdir.resolve()
+    return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def check_wandb(project: str | None) -> None:
