@@ -176,18 +176,23 @@ def read() -> dict:
 
 def table(results: dict) -> str:
     """The better of the learning rates tried, by the last training loss."""
-    columns = [("mqar", "2 pairs"), ("mqar", "8 pairs")]
-    columns += [("parity", n) for n in ("32", "256", "last 64 of 256")]
-    lines = [
-        "| mixer | state, bytes a layer | " + " | ".join(f"{p}, {n}" for p, n in columns) + " |"
-    ]
-    lines.append("|---" * (len(columns) + 2) + "|")
+    columns = {"mqar": ("2 pairs", "8 pairs"), "parity": ("32", "256", "last 64 of 256")}
+    names = ["mixer"]
+    for probe, tests in columns.items():
+        names += [f"{probe}: steps", "loss", *tests]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for variant in VARIANTS:
-        tries = results.get(variant, {})
-        best = {p: min(tries[p], key=lambda found: found["losses"][-1]) for p in tries}
-        size = f"{best['mqar']['state_bytes'] // 4:,}" if "mqar" in best else ""
-        shown = [f"{best[p]['accuracy'][n]:.3f}" if p in best else "" for p, n in columns]
-        lines.append("| " + " | ".join((variant, size, *shown)) + " |")
+        shown = [variant]
+        for probe, tests in columns.items():
+            tries = results.get(variant, {}).get(probe, [])
+            best = min(tries, key=lambda found: found["losses"][-1], default=None)
+            if best is None:
+                shown += [""] * (2 + len(tests))
+                continue
+            shown += [str(TOGETHER * len(best["losses"])), f"{best['losses'][-1]:.2f}"]
+            shown += [f"{best['accuracy'][test]:.3f}" for test in tests]
+        if any(shown[1:]):
+            lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
