@@ -2,7 +2,7 @@
 
 Command:   memjax sweep --sweep=experiments/memory_modules/sweep.py --config.data.path=BOOKS
 Hardware:  1 CPU core
-Duration:  about a minute a point
+Duration:  not run yet; `--dry-run` says what it would take
 """
 
 import sys
