@@ -121,7 +121,8 @@ class ARMTLayer(LayerPart):
         recall = 2.0 * self.features_size * self.d_model
         write = 2 * recall + projection_flops(self) - projection_flops(self.query)
         flops = recall + projection_flops(self.query) + self.share * write
-        return MemoryReport(state_bytes(self), flops, (1 + 2 * self.share) * recall, {})
+        told = {} if state is None else {"state_norm": jnp.linalg.norm(state.memory_BFD)}
+        return MemoryReport(state_bytes(self), flops, (1 + 2 * self.share) * recall, told)
 
     def _features(self, x: jax.Array) -> jax.Array:
         return features(x.astype(jnp.float32), self.order)

@@ -123,7 +123,8 @@ class LM2Module(LayerModule):
         a_slot = (3 + 2) * matrix / self.config.segment  # query, two gates, key and value
         recurrence = slots * (a_slot + 8.0 * width)  # attention of tokens, and of slots
         flops = recurrence + 4 * matrix  # of a token: query, key and value to write, output gate
-        return MemoryReport(state_bytes(self), flops, recurrence, {})
+        told = {} if state is None else {"state_norm": jnp.linalg.norm(state.carry)}
+        return MemoryReport(state_bytes(self), flops, recurrence, told)
 
 
 def attend(q_BTD: jax.Array, k_BJD: jax.Array, v_BJD: jax.Array, heads: int) -> jax.Array:
