@@ -19,6 +19,7 @@ from pallas_kernels.products import accumulation_dtype
 ROW = 128
 UNROLLED_ROWS = 16
 UNROLLED_SCORES = ROW * 4096  # of one head in one tile
+NEVER = -3.0e38  # no log-sum-exp and no gradient is this number
 LOOP_ROW = 256
 LOOP_KEYS = 512
 
@@ -27,8 +28,11 @@ def forward(rule: Rule, whole: Tile) -> tuple[jax.Array, jax.Array]:
     """Output `[B, G, R, T, V]` and log-sum-exp `[B, G, R, T, 1]`, in float32 or wider."""
     if not _is_unrolled(whole):
         return _loop_forward(rule, whole)
-    tiles = [tile_forward(rule, _cut(whole, row, keys)) for row, keys in _ranges(rule, whole)]
-    o, lse = zip(*tiles, strict=True)
+    o, lse = [], []
+    for row, keys in _ranges(rule, whole):
+        part = tile_forward(rule, _after(lse, _cut(whole, row, keys)))
+        o.append(part[0])
+        lse.append(part[1])
     return jnp.concatenate(o, axis=3), jnp.concatenate(lse, axis=3)
 
 
@@ -41,7 +45,7 @@ def backward(
     d_q = []
     total = _zero_gradients(whole)
     for (start, stop), (first, last) in _ranges(rule, whole):
-        tile = _cut(whole, (start, stop), (first, last))
+        tile = _after(d_q or [lse_BGRT1], _cut(whole, (start, stop), (first, last)))
         cotangent = (x[:, :, :, start:stop] for x in (lse_BGRT1, dot_BGRT1, d_o_BGRTV))
         part = tile_transposed(rule, tile, *cotangent)
         d_q.append(part.q_BGRCK)
@@ -51,6 +55,20 @@ def backward(
             slopes_GR=_add_slopes(total.slopes_GR, part.slopes_GR),
         )
     return total._replace(q_BGRCK=jnp.concatenate(d_q, axis=3)).upright()
+
+
+def _after(before: list[jax.Array], tile: Tile) -> Tile:
+    """The tile, which cannot be computed before the last of `before` is.
+
+    XLA would compute the scores of all rows ahead of what needs them, and in the backward pass find
+    and keep those of the forward pass: half of tokens x tokens for every head, several times over.
+    """
+    if not before:
+        return tile
+    one = before[-1][(0,) * before[-1].ndim]
+    nothing = jnp.where(one == NEVER, one, 0)
+    q, k, v = (x + nothing.astype(x.dtype) for x in tile[:3])
+    return tile._replace(q_BGRCK=q, k_BGJK=k, v_BGJV=v)
 
 
 def _is_unrolled(whole: Tile) -> bool:
