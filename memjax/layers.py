@@ -9,11 +9,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax import sharding
 from memjax.config import check, check_at_least
 from pallas_kernels import context_parallel
+
+PRODUCT = "product"
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = 0.02) -> jax.Array:
@@ -49,8 +52,12 @@ class Linear(nnx.Module):
 def dot_transposed(
     x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike | None = None
 ) -> jax.Array:
-    """x @ weight.T in the type of x, accumulated in float32, returned as `dtype` (that of x)."""
-    return _dot_transposed(x, weight, jnp.dtype(x.dtype if dtype is None else dtype))
+    """x @ weight.T in the type of x, accumulated in float32, returned as `dtype` (that of x).
+
+    Named PRODUCT for the policies of `jax.checkpoint`, which do not see into its own gradient.
+    """
+    y = _dot_transposed(x, weight, jnp.dtype(x.dtype if dtype is None else dtype))
+    return checkpoint_name(y, PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

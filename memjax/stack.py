@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from memjax import telemetry
 from memjax.architecture import Model
-from memjax.layers import MLP, RMSNorm
+from memjax.layers import MLP, PRODUCT, RMSNorm
 from memjax.memory import layer_class, make_layer_part
 from memjax.memory.base import LayerMemory, SegmentMemory
 from memjax.mixers import MIXERS
@@ -146,7 +146,10 @@ LAYER_INPUT = "layer_input"
 
 _REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

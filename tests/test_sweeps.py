@@ -291,14 +291,18 @@ def test_successive_halving_keeps_the_best_of_those_that_reached_the_rung():
     curves = {n: [(s, rng.random()) for s in range(1, end + 1)] for n, end in ends.items()}
     rule = Halving(first=first, factor=factor)
     for name, end in ends.items():
-        rungs = [r for r in (4, 12, 36) if r <= end]
+        shared = [r for r in (4, 12, 36) if sum(e >= r for e in ends.values()) >= factor]
+        rungs = [r for r in shared if r <= end]
         expected = False
         if rungs:
             values = sorted(curves[n][rungs[-1] - 1][1] for n in ends if ends[n] >= rungs[-1])
-            best = values[: len(values) // factor]
-            expected = bool(best) and curves[name][rungs[-1] - 1][1] not in best
+            expected = curves[name][rungs[-1] - 1][1] not in values[: len(values) // factor]
         assert rule.ends(curves, name) == expected, name
     assert {rule.ends(curves, name) for name in ends} == {True, False}
+    # One that ran far ahead before anybody looked is held against the others where they are.
+    curves = {"good": [(4, 1.0), (8, 0.9)], "fair": [(4, 2.0), (8, 1.9)]}
+    assert rule.ends(curves | {"poor": [(s, 3.0) for s in range(1, 500)]}, "poor")
+    assert not rule.ends(curves | {"best": [(s, 0.5) for s in range(1, 500)]}, "best")
 
 
 def test_the_base_of_a_sweep_is_left_as_it_was():

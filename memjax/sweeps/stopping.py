@@ -54,8 +54,8 @@ class Halving:
     """Asynchronous successive halving: at each rung only the best 1 / factor go on.
 
     Rungs are at `first`, first * factor, first * factor^2, ... steps. A point ends unless its value
-    at the last rung it has reached is among the best 1 / factor of those that have reached that
-    rung so far; while fewer than `factor` have, none ends.
+    is among the best 1 / factor at the last rung that it and at least `factor` points, itself
+    among them, have reached so far: one that runs ahead is held against the others all the same.
     Source: arXiv:1810.05934, the variant that stops trials.
     """
 
@@ -75,9 +75,12 @@ class Halving:
         rung = self.first
         while rung * self.factor <= steps:
             rung *= self.factor
-        reached = {other: v for other, c in curves.items() if (v := _at(c, rung)) is not None}
-        kept = len(reached) // self.factor
-        return kept > 0 and reached[name] > sorted(reached.values())[kept - 1]
+        while rung >= self.first:
+            reached = {other: v for other, c in curves.items() if (v := _at(c, rung)) is not None}
+            if kept := len(reached) // self.factor:
+                return reached[name] > sorted(reached.values())[kept - 1]
+            rung //= self.factor
+        return False
 
 
 def _at(curve: Curve, step: int) -> float | None:

@@ -28,7 +28,8 @@ def forward(rule: Rule, whole: Tile) -> tuple[jax.Array, jax.Array]:
     """Output `[B, G, R, T, V]` and log-sum-exp `[B, G, R, T, 1]`, in float32 or wider."""
     if not _is_unrolled(whole):
         return _loop_forward(rule, whole)
-    o, lse = [], []
+    o: list[jax.Array] = []
+    lse: list[jax.Array] = []
     for row, keys in _ranges(rule, whole):
         part = tile_forward(rule, _after(lse, _cut(whole, row, keys)))
         o.append(part[0])
@@ -42,7 +43,7 @@ def backward(
     """Gradients in float32 or wider; lse is that over all keys, of every part."""
     if not _is_unrolled(whole):
         return _loop_backward(rule, whole, lse_BGRT1, dot_BGRT1, d_o_BGRTV)
-    d_q = []
+    d_q: list[jax.Array] = []
     total = _zero_gradients(whole)
     for (start, stop), (first, last) in _ranges(rule, whole):
         tile = _after(d_q or [lse_BGRT1], _cut(whole, (start, stop), (first, last)))
