@@ -8,7 +8,7 @@ it, from config files and from the command line.
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import OneOf, check
-from memjax.layers import materialise
+from memjax.layers import check_heads, materialise
 from memjax.sharding import split
 from pallas_kernels import context_parallel
 
@@ -153,3 +153,13 @@ def _positions(axis_name: str | None, start_B: jax.Array, reset_BT: jax.Array) -
     steps_T = jnp.arange(reset_BT.shape[1], dtype=jnp.int32)
     last_BT = jax.lax.cummax(jnp.where(reset_BT, steps_T, -1), axis=1)
     return jnp.where(last_BT >= 0, steps_T - last_BT, start_B[:, None] + steps_T)
+
+
+def check_head_size(config: Any, d_model: int) -> None:
+    """Check that heads fit the width, unless a head_size is given, and positions fit the heads."""
+    if config.head_size is None:
+        check_heads(config, d_model)
+    size = config.head_size or d_model // config.heads
+    rule = f"gives head size {size}, but rotary positions need an even one"
+    even = size % 2 == 0 or not isinstance(config.position, Rotary)
+    check(config, "head_size" if config.head_size else "heads", even, rule)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from memjax.config import check, check_at_least
-from memjax.layers import Linear, check_heads, document_ids, normal
+from memjax.config import check_at_least
+from memjax.layers import Linear, document_ids, normal
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -18,7 +18,7 @@ from memjax.mixers.base import (
     state_bytes,
 )
 from memjax.mixers.persistent import Prefix, WindowState, attend_window, keep_window
-from memjax.positions import PositionField, Rotary, apply_position, positions
+from memjax.positions import PositionField, Rotary, apply_position, check_head_size, positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,7 @@ class AllAttention(MixerConfig):
         check_at_least(self, 1, "slots", "heads", "head_size", "window", "context")
 
     def check_width(self, d_model: int) -> None:
-        if self.head_size is None:
-            check_heads(self, d_model)
-        size = self.head_size or d_model // self.heads
-        if isinstance(self.position, Rotary):
-            field = "head_size" if self.head_size else "heads"
-            rule = f"gives head size {size}, but rotary positions need an even one"
-            check(self, field, size % 2 == 0, rule)
+        check_head_size(self, d_model)
 
 
 class AllAttentionMixer(SequenceMixer):

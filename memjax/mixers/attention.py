@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, check_heads, document_ids
+from memjax.layers import Linear, document_ids
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -18,7 +18,7 @@ from memjax.mixers.base import (
     state_bytes,
 )
 from memjax.ops import last_token
-from memjax.positions import PositionField, Rotary, apply_position, positions
+from memjax.positions import PositionField, Rotary, apply_position, check_head_size, positions
 from memjax.sharding import split
 from pallas_kernels import attention, context_parallel, ring_attention
 from pallas_kernels.ring_attention import Cache
@@ -50,13 +50,7 @@ class Attention(MixerConfig):
         check(self, "kv_heads", self.heads % groups == 0, f"must divide heads={self.heads}")
 
     def check_width(self, d_model: int) -> None:
-        if self.head_size is None:
-            check_heads(self, d_model)
-        size = self.head_size or d_model // self.heads
-        if isinstance(self.position, Rotary):
-            field = "head_size" if self.head_size else "heads"
-            rule = f"gives head size {size}, but rotary positions need an even one"
-            check(self, field, size % 2 == 0, rule)
+        check_head_size(self, d_model)
 
 
 class AttentionState(NamedTuple):

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, check_heads, document_ids
+from memjax.layers import Linear, document_ids
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -18,7 +18,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
-from memjax.positions import PositionField, Rotary, apply_position
+from memjax.positions import PositionField, Rotary, apply_position, check_head_size
 from pallas_kernels import attention
 from pallas_kernels.blocks import BlockState, Body, init_blocks, place_in_block, scan_blocks
 from pallas_kernels.products import columns_dot_columns, dot
@@ -58,12 +58,7 @@ class Infini(InfiniFields, MixerConfig):
         check_at_least(self, 1, "heads", "head_size")
 
     def check_width(self, d_model: int) -> None:
-        if self.head_size is None:
-            check_heads(self, d_model)
-        size = self.head_size or d_model // self.heads
-        rule = f"gives head size {size}, but rotary positions need an even one"
-        even = size % 2 == 0 or not isinstance(self.position, Rotary)
-        check(self, "head_size" if self.head_size else "heads", even, rule)
+        check_head_size(self, d_model)
 
 
 class Memory(NamedTuple):

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, check_heads
+from memjax.layers import Linear
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -19,7 +19,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
-from memjax.positions import Position, PositionField, Rotary, apply_position
+from memjax.positions import Position, PositionField, Rotary, apply_position, check_head_size
 from pallas_kernels.blocks import BlockState, Body, init_blocks, scan_blocks
 from pallas_kernels.products import dot, rows_dot_rows
 
@@ -55,12 +55,7 @@ class Landmark(LandmarkFields, MixerConfig):
         check_at_least(self, 1, "heads", "head_size")
 
     def check_width(self, d_model: int) -> None:
-        if self.head_size is None:
-            check_heads(self, d_model)
-        size = self.head_size or d_model // self.heads
-        rule = f"gives head size {size}, but rotary positions need an even one"
-        even = size % 2 == 0 or not isinstance(self.position, Rotary)
-        check(self, "head_size" if self.head_size else "heads", even, rule)
+        check_head_size(self, d_model)
 
 
 class Cache(NamedTuple):

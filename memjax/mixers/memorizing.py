@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, check_heads, document_ids, l2_normalise
+from memjax.layers import Linear, document_ids, l2_normalise
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -21,7 +21,14 @@ from memjax.mixers.base import (
 )
 from memjax.mixers.relative import scores_of, sums_of
 from memjax.mixers.sliding import Blocks
-from memjax.positions import Position, PositionField, Rotary, apply_position, positions
+from memjax.positions import (
+    Position,
+    PositionField,
+    Rotary,
+    apply_position,
+    check_head_size,
+    positions,
+)
 from pallas_kernels.products import rows_dot_rows
 
 NOTHING = -1e30  # the score of an empty slot: its weight is 0 beside any other
@@ -62,12 +69,7 @@ class Memorizing(MemorizingFields, MixerConfig):
         check_at_least(self, 1, "heads", "head_size")
 
     def check_width(self, d_model: int) -> None:
-        if self.head_size is None:
-            check_heads(self, d_model)
-        size = self.head_size or d_model // self.heads
-        rule = f"gives head size {size}, but rotary positions need an even one"
-        even = size % 2 == 0 or not isinstance(self.position, Rotary)
-        check(self, "head_size" if self.head_size else "heads", even, rule)
+        check_head_size(self, d_model)
 
 
 class MemorizingState(NamedTuple):
