@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, check_heads
+from memjax.layers import Linear
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -19,7 +19,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
-from memjax.mixers.relative import RelativeAttention
+from memjax.mixers.relative import RelativeAttention, check_sinusoids
 from pallas_kernels.blocks import BlockState, Body, init_blocks, scan_blocks
 from pallas_kernels.products import dot, rows_dot_rows
 
@@ -63,10 +63,7 @@ class Compressive(CompressiveFields, MixerConfig):
         check_at_least(self, 1, "heads", "head_size")
 
     def check_width(self, d_model: int) -> None:
-        if self.head_size is None:
-            check_heads(self, d_model)
-        rule = f"cannot have d_model={d_model}: sinusoids come in pairs; try {d_model + 1}"
-        check(self, "heads", d_model % 2 == 0, rule)
+        check_sinusoids(self, d_model)
 
 
 class Carry(NamedTuple):

@@ -18,6 +18,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
+from memjax.mixers.linear_transformer import features
 from memjax.positions import PositionField, Rotary, apply_position, check_head_size
 from pallas_kernels import attention
 from pallas_kernels.blocks import BlockState, Body, init_blocks, place_in_block, scan_blocks
@@ -168,14 +169,8 @@ class InfiniMixer(SequenceMixer):
         return MemoryReport(state_bytes(self), flops, recurrence, told)
 
 
-def features(x: jax.Array) -> jax.Array:
-    """elu + 1, float32."""
-    x = x.astype(jnp.float32)
-    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
-
-
 def scaled_features(x: jax.Array) -> jax.Array:
-    """The same, with the largest of a vector at least 1: what is read does not depend on scale."""
+    """`features` in float32, the largest of a vector at least 1: their scale changes no reading."""
     x = x.astype(jnp.float32)
     low = jax.lax.stop_gradient(jnp.minimum(jnp.max(x, -1, keepdims=True), 0))
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0) - low))
@@ -195,7 +190,7 @@ def _prepare(consts, inputs, valid_NBC):
     """Heads before tokens: keys, values, queries; float32 where they are written."""
     (k, v), q = inputs
     k, v, q = (jnp.swapaxes(a, 2, 3) for a in (k, v, q))
-    return features(k), k, v.astype(jnp.float32), q
+    return features(k.astype(jnp.float32)), k, v.astype(jnp.float32), q
 
 
 def _write(memory: Memory, phi_BHCK: jax.Array, v_BHCV: jax.Array) -> Memory:

@@ -1,13 +1,15 @@
 """Attention with the relative positions of Transformer-XL."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from memjax.layers import Linear, dot_transposed
+from memjax.config import check
+from memjax.layers import Linear, check_heads, dot_transposed
 from pallas_kernels.products import columns_dot_columns, dot, rows_dot_rows
 
 
@@ -146,3 +148,11 @@ def _attend(scale: float, queries, r_HJK, pairs, own_pairs, own_CJ, seen_CJ) -> 
     scores_HCJ = jnp.where(seen_CJ, scores_HCJ * scale, -jnp.inf)
     weight_HCJ = jax.nn.softmax(scores_HCJ, -1).astype(v_HJK.dtype)
     return sums_of(weight_HCJ, v_HJK, own_v, own_CJ).astype(v_HJK.dtype)
+
+
+def check_sinusoids(config: Any, d_model: int) -> None:
+    """Check that heads fit the width, unless a head_size is given, and sinusoids do."""
+    if config.head_size is None:
+        check_heads(config, d_model)
+    rule = f"cannot have d_model={d_model}: sinusoids come in pairs; try {d_model + 1}"
+    check(config, "heads", d_model % 2 == 0, rule)

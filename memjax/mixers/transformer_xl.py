@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.config import check, check_at_least
-from memjax.layers import Linear, check_heads, document_ids
+from memjax.config import check_at_least
+from memjax.layers import Linear, document_ids
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -18,7 +18,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
-from memjax.mixers.relative import RelativeAttention
+from memjax.mixers.relative import RelativeAttention, check_sinusoids
 from memjax.mixers.sliding import Blocks
 from memjax.positions import positions
 
@@ -55,10 +55,7 @@ class TransformerXL(TransformerXLFields, MixerConfig):
         check_at_least(self, 1, "heads", "head_size")
 
     def check_width(self, d_model: int) -> None:
-        if self.head_size is None:
-            check_heads(self, d_model)
-        rule = f"cannot have d_model={d_model}: sinusoids come in pairs; try {d_model + 1}"
-        check(self, "heads", d_model % 2 == 0, rule)
+        check_sinusoids(self, d_model)
 
 
 class TransformerXLState(NamedTuple):
