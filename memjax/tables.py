@@ -1,5 +1,7 @@
 """Results of commands as text for people; `--json` prints them for programs."""
 
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +47,7 @@ def rows(title: str, values: Sequence[Row]) -> Table:
     names = list(dict.fromkeys(name for row in values for name in row))
     for name in names:
         numeric = all(isinstance(row.get(name), int | float | None) for row in values)
-        table.add_column(name, justify="right" if numeric else "left")
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in values:
         table.add_row(*(number(row.get(name)) for name in names))
     return table
@@ -100,6 +102,9 @@ def _layers(layers: Sequence[Row]) -> Sequence[Row]:
             "FLOPs": layer["flops_per_token"],
             "of recurrence": layer["recurrence_flops"],
         }
+        if "memory_state_bytes" in layer:
+            alike["memory"] = size(layer["memory_state_bytes"])
+            alike["its FLOPs"] = layer["memory_flops_per_token"]
         if table and alike.items() <= table[-1].items():
             table[-1]["layer"] = f"{table[-1]['layer'].partition('-')[0]}-{layer['layer']}"
         else:
@@ -151,6 +156,8 @@ def changed(values: Row) -> str:
 
 
 SHOWN_ROWS = 40
+WIDE = 1000
+"""Columns of a pipe or a file: whoever reads it wants names whole."""
 Part = Table | str
 """What is printed: a table, or a line above one."""
 
@@ -161,14 +168,14 @@ def _sweep(result: Row) -> list[Part]:
     table = []
     for row in result["rows"][:SHOWN_ROWS]:
         cells = {"point": row["point"], "state": row["state"], "step": row["step"]}
-        for name, key in (
-            ("loss", "loss"),
-            ("valid", "eval_loss"),
-            ("word ppl", "word_perplexity"),
-        ):
+        for name, key in (("loss", "loss"), ("valid", "eval_loss")):
             if any(other[key] is not None for other in result["rows"]):
                 cells[name] = row[key]
-        table.append({**cells, "params": short(row["params"]), "state": row["state"]})
+        for name, measures in row["evaluations"].items():
+            for measure, value in measures.items():
+                shown = {"word_perplexity": "word ppl"}.get(measure, measure)
+                cells[f"{shown} {name}".rstrip()] = value
+        table.append({**cells, "params": short(row["params"])})
     states = ("done", "running", "waiting", "stopped", "ended_early", "failed")
     counts = [f"{result[name]} {name.replace('_', ' ')}" for name in states if result[name]]
     title = f"{result['workdir']}: {', '.join(counts) or 'nothing'} of {result['points']}"
@@ -272,7 +279,8 @@ _TABLES: dict[str, Callable[[Any], Sequence[Part]]] = {
 def show(command: str, result: Any) -> None:
     """Print the result of a command; training and generation have printed theirs already."""
     if command in _TABLES:
-        console = Console()
+        known = sys.stdout.isatty() or "COLUMNS" in os.environ
+        console = Console(width=None if known else WIDE)
         for table in _TABLES[command](result):
             console.print(table, markup=False, highlight=False, soft_wrap=isinstance(table, str))
             if not isinstance(table, str):

@@ -1,5 +1,6 @@
 """What someone meets first: help, a bare command, narrow terminals, pipes, completion."""
 
+import json
 import os
 import pty
 import shutil
@@ -14,6 +15,7 @@ from memjax.cli import main
 from memjax.commands import COMMANDS
 from memjax.completion import field_paths
 from memjax.experiment import Experiment
+from memjax.tables import size
 from memjax.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,35 @@ def test_a_description_fits_eighty_columns_whole(narrow, capsys):
     out = capsys.readouterr().out
     assert "…" not in out and max(map(len, out.splitlines())) <= 80
     assert "0-3" in out and "gated_deltanet" in out  # four layers alike, one row
+
+
+def test_a_description_shows_the_state_of_a_memory_beside_that_of_its_layers(narrow, capsys):
+    config = f"--config={ROOT / 'configs' / 'lm2_tiny.py'}"
+    assert main(["describe", config]) == 0
+    out = capsys.readouterr().out
+    assert main(["describe", config, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    layers = told["layers"]
+    counted = sum(layer["state_bytes"] + layer["memory_state_bytes"] for layer in layers)
+    assert 0 < counted <= told["state_bytes_per_sequence"]
+    (head,) = [line.split() for line in out.splitlines() if line.startswith("layer ")]
+    assert "memory" in head and size(layers[0]["memory_state_bytes"]) in out
+
+
+@pytest.mark.parametrize("columns", [None, "60"], ids=["pipe", "narrow"])
+def test_names_of_runs_are_never_cut(columns, tmp_path, monkeypatch, capsys):
+    name = "seed=0,backbone=" + "gated_deltanet_with_memory" * 3
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / name / "config.json").write_text('{"train": {"steps": 5}}')
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert main(["list", str(tmp_path / "runs")]) == 0
+    out = capsys.readouterr().out
+    assert "\u2026" not in out
+    lines = [line.split()[0] for line in out.splitlines()[2:] if line.split()]
+    assert "".join(lines) == f"runs/{name}"
+    assert columns is None or max(map(len, out.splitlines())) <= int(columns)
 
 
 def test_train_without_arguments_says_what_it_trains_and_where(monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import random
-import re
 import statistics
 from pathlib import Path
 
@@ -33,7 +32,6 @@ from memjax.sweeps import (
     zipped,
 )
 from memjax.sweeps.directory import Directory
-from memjax.sweeps.kubernetes import Kubernetes, label, make_manifests
 from memjax.sweeps.plan import Planner
 from memjax.training.config import Train
 
@@ -314,69 +312,3 @@ def test_the_base_of_a_sweep_is_left_as_it_was():
 def test_every_sweep_of_the_experiments_can_be_planned():
     for file in sorted((Path(__file__).parent.parent / "experiments").rglob("sweep.py")):
         assert load_sweep(str(file)).points
-
-
-def test_an_indexed_job_has_an_index_a_point_and_no_index_stops_another():
-    settings = Kubernetes(image="memjax:1", claim="books", gpus=2, namespace="lab", at_once=2)
-    (job,) = make_manifests("carry", "/data/carry", ["a", "b", "c"], ["b", "c"], settings)
-    spec, pod = job["spec"], job["spec"]["template"]["spec"]
-    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
-    assert job["metadata"]["namespace"] == "lab"
-    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 3, 2)
-    assert spec["maxFailedIndexes"] == 3 and pod["restartPolicy"] == "Never"
-    actions = {
-        rule["onExitCodes"]["values"][0] if "onExitCodes" in rule else "disruption": rule["action"]
-        for rule in spec["podFailurePolicy"]["rules"]
-    }
-    assert actions == {2: "FailIndex", 75: "Ignore", "disruption": "Ignore"}
-    (container,) = pod["containers"]
-    assert container["command"][-2:] == ["/data/carry", "--index"]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": "2"}
-    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "books"}
-
-
-def test_a_point_of_several_hosts_is_a_job_set_that_can_find_itself():
-    settings = Kubernetes(image="memjax:1", claim="books", hosts=2, gpus=8)
-    (gpu,) = make_manifests("carry", "/data/carry", ["a", "b"], ["b"], settings)
-    (replicated,) = gpu["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
-    (container,) = job["template"]["spec"]["containers"]
-    name = gpu["metadata"]["name"]
-    environment = {e["name"]: e["value"] for e in container["env"]}
-    assert environment["JAX_COORDINATOR_ADDRESS"].startswith(f"{name}-{replicated['name']}-0-0.")
-    assert environment["JAX_NUM_PROCESSES"] == "2" == str(job["completions"])
-    assert container["command"][-1] == "--point=b"
-    slice_of_16 = Kubernetes(
-        image="memjax:1", claim="c", hosts=4, tpu="tpu-v5-lite-podslice", topology="4x4"
-    )
-    (tpu,) = make_manifests("carry", "/data/carry", ["a"], ["a"], slice_of_16)
-    pod = tpu["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
-    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": "4"}
-
-
-PODS = {
-    "gpu": dict(gpus=2, cpus=4, memory_gb=8, namespace="lab"),
-    "tpu": dict(tpu="tpu-v5-lite-podslice", topology="2x4"),
-}
-
-
-@pytest.mark.parametrize("version", ["1.29", "1.34"])
-@pytest.mark.parametrize("pod", PODS)
-def test_jobs_are_what_the_published_schema_of_kubernetes_takes(pod, version):
-    schemas = pytest.importorskip("kubernetes_validate")
-    settings = Kubernetes(image="memjax:1", claim="volume", **PODS[pod])
-    several = dataclasses.replace(settings, hosts=4)
-    (job,) = make_manifests("name", "/data/s", ["a", "b"], ["b"], settings)
-    (jobs,) = make_manifests("name", "/data/s", ["a", "b"], ["b"], several)
-    inner = jobs["spec"]["replicatedJobs"][0]["template"]
-    for manifest in (job, {**job, "spec": inner["spec"]}):
-        schemas.validate(manifest, version, strict=True)
-    wrong = {**job, "spec": {**job["spec"], "backofLimit": 1}}
-    with pytest.raises(schemas.ValidationError):
-        schemas.validate(wrong, version, strict=True)
-
-
-@pytest.mark.parametrize("text", ["Carry_or not?", "-x-", "", "ünïcode" * 20])
-def test_names_for_kubernetes_are_names_it_takes(text):
-    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", label(text)) and len(label(text)) <= 40

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,7 @@ from memjax.training.loop import train
 from memjax.training.metrics import read_records
 from memjax.training.workdir import locked
 
+CARRY = Path(__file__).parent.parent / "experiments" / "carry" / "sweep.py"
 SWEEP = """
 from memjax.data import Data
 from memjax.evals.config import Eval
@@ -111,7 +113,28 @@ def test_a_point_of_a_sweep_is_the_run_that_train_would_have_made(finished, file
 def test_finished_points_are_evaluated(finished):
     (result,) = (finished.run(NAMES[0]) / "eval").glob("*.json")
     value = json.loads(result.read_text())["word_perplexity"]
-    assert finished.status(NAMES[0])["word_perplexity"] == value
+    (evaluated,) = finished.status(NAMES[0])["evaluated"]
+    assert evaluated["word_perplexity"] == value
+
+
+def test_an_evaluation_added_later_is_made_and_what_is_there_stays(finished, file, tmp_path, capfd):
+    folder = shutil.copytree(finished.path, tmp_path / "copy")
+    directory, more = Directory(folder), tmp_path / "more.py"
+    old = 'evaluate=(Evaluate(max_documents=1, split="valid"),)'
+    assert old in file.read_text()
+    new = old.replace(",)", ', Evaluate(max_documents=1, split="valid", carry=False))')
+    more.write_text(file.read_text().replace(old, new))
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/*") if p.is_file()}
+    (first,) = (directory.run(NAMES[0]) / "eval").glob("*.json")
+    stamp = first.stat().st_mtime_ns
+    argv = ["sweep", f"--sweep={more}:broken", f"--workdir={folder}", "--no-retry", "--json"]
+    assert main(argv) == 1
+    told = json.loads(capfd.readouterr().out.splitlines()[-1])
+    row = next(row for row in told["rows"] if row["point"] == NAMES[0])
+    assert set(row["evaluations"]) == {"", "carry=false"}
+    assert len(list((directory.run(NAMES[0]) / "eval").glob("*.json"))) == 2
+    assert first.stat().st_mtime_ns == stamp
+    assert before == {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/*") if p.is_file()}
 
 
 def test_running_again_tries_what_failed_shows_why_and_leaves_the_rest(finished, file, capfd):
@@ -231,7 +254,9 @@ def test_a_search_goes_on_where_it_was(file, tmp_path, capfd):
     ("argv", "parts"),
     [
         ([], ["--sweep", "missing"]),
-        (["--sweep=nowhere.py"], ["nowhere.py"]),
+        (["--sweep=nowhere.py"], ["nowhere.py", "get_sweep()"]),
+        ([f"--sweep={CARRY.parent}"], ["did you mean", f"{CARRY}?"]),
+        ([f"--sweep={CARRY.parent}/sweeep.py"], ["did you mean", f"{CARRY}?"]),
         (["--status"], ["--workdir"]),
         (["--status", "--workdir=nowhere"], ["nowhere", "no sweep"]),
         (["--sweep=x.py", "--local.jbos=2"], ["local.jbos", "did you mean jobs?"]),

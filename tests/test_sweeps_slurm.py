@@ -103,9 +103,16 @@ def wait_until(condition, seconds=240):
 
 
 def hurry(slurm, directory, name):
-    """Slurm lets a requeued job wait for two minutes: let it start now. Returns false."""
-    update = ["scontrol", "update", f"JobId={directory.status(name)['job']}", "StartTime=now"]
-    subprocess.run(update, env=slurm, capture_output=True)
+    """Slurm lets a requeued job wait for two minutes: let it start now. Returns false.
+
+    Not at once: a node refuses a job that it is still clearing away, and the job would be lost.
+    """
+    job = directory.status(name)["job"]
+    state = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    if "PENDING" in subprocess.run(state, env=slurm, capture_output=True, text=True).stdout:
+        time.sleep(5)
+        update = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+        subprocess.run(update, env=slurm, capture_output=True)
     time.sleep(1)
     return False
 
@@ -150,7 +157,9 @@ def test_a_preempted_point_goes_on_exactly_and_a_broken_one_harms_no_other(slurm
     assert [r["loss"] for r in directory.records(long)] == [r["loss"] for r in alone]
 
 
-def test_a_point_saves_before_the_time_limit_and_goes_on_in_a_new_job(slurm, file, tmp_path):
+def test_a_point_saves_before_its_limit_and_one_that_is_killed_loses_what_it_had_not_saved(
+    slurm, file, tmp_path
+):
     directory = Directory(tmp_path / "limit")
     sweep(slurm, file, "limit", directory.path, "--slurm.minutes=2", "--slurm.save_before_s=25")
     (name,) = directory.names()
@@ -158,6 +167,16 @@ def test_a_point_saves_before_the_time_limit_and_goes_on_in_a_new_job(slurm, fil
         wait_until(lambda: starts(directory, name) or hurry(slurm, directory, name))
         assert starts(directory, name) == saves(directory, name)
         assert directory.status(name)["attempts"] == 2
+        wait_until(lambda: len(directory.records(name)) > starts(directory, name)[0] + 50)
+        job = directory.status(name)["job"]
+        run(slurm, "scancel", "--signal=KILL", "--full", job)  # as if the node had died
+        wait_until(lambda: not run(slurm, "squeue", "--noheader", f"--jobs={job}"))
+        kept = max(int(p.name) for p in directory.run(name).glob("checkpoints/*[0-9]"))
+        assert kept > starts(directory, name)[0]
+        _, err = sweep(slurm, file, "limit", directory.path)
+        assert "1 point queued" in err
+        wait_until(lambda: len(starts(directory, name)) == 2)
+        assert starts(directory, name)[1] == kept  # lost: the steps since the last checkpoint
     finally:
         run(slurm, "scancel", directory.status(name)["job"].split("_")[0])
     wait_until(lambda: directory.state(name) == "stopped")

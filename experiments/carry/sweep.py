@@ -1,4 +1,4 @@
-"""State carried from segment to segment in training, or zeroed before each; two seeds, on books.
+"""State carried from segment to segment in training, or zeroed before each; four seeds, on books.
 
 Command:   memjax sweep --sweep=experiments/carry/sweep.py --config.data.path=BOOKS
 Hardware:  1 CPU core
@@ -35,7 +35,9 @@ def get_sweep() -> Sweep:
     )
     return Sweep(
         base=base,
-        points=product(seeds(2), axis("train.carry", False, True)),
+        points=product(
+            seeds(4), axis("train.carry", {"carried": True, "zeroed": False}, name="trained")
+        ),
         evaluate=(
             Evaluate(split="valid", max_documents=2, carry=True),
             Evaluate(split="valid", max_documents=2, carry=False),

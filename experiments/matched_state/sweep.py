@@ -1,4 +1,4 @@
-"""Backbones whose state is equally large, two seeds each, on books.
+"""Backbones whose state is equally large, four seeds each, on books.
 
 Command:   memjax sweep --sweep=experiments/matched_state/sweep.py --config.data.path=BOOKS
 Hardware:  1 CPU core
@@ -47,7 +47,7 @@ def get_sweep() -> Sweep:
     models = {kind: model(kind) for kind in BACKBONES}
     return Sweep(
         base=base(),
-        points=product(seeds(2), axis("model", models, name="backbone")),
+        points=product(seeds(4), axis("model", models, name="backbone")),
         match=Match(by="state"),
         evaluate=(Evaluate(split="valid", max_documents=2),),
     )

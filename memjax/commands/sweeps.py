@@ -33,6 +33,7 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     _use_cpu()
     from memjax.sweeps import kubernetes, local, run, slurm
     from memjax.sweeps.directory import Directory
+    from memjax.sweeps.dry_run import dry_run
 
     kinds: dict[str, type] = {
         "local": local.Local,
@@ -58,7 +59,7 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     if args.sweep is None:
         raise ConfigError("--sweep: missing; give a Python file with get_sweep()")
     if args.dry_run:
-        return run.dry_run(args.sweep, args.workdir, overrides, args.speed, args.executor)
+        return dry_run(args.sweep, args.workdir, overrides, args.speed, args.executor)
     workdir = args.workdir or run.default_workdir(args.sweep)
     executor = settings[args.executor]
     return run.run_sweep(args.sweep, workdir, executor, overrides, not args.no_retry)

@@ -5,6 +5,7 @@ and perplexities are one division of a sum by a count (`memjax.evals.result`).
 """
 
 import functools
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from memjax import sharding
 from memjax.data import Corpus, DataError
+from memjax.errors import Stopped
 from memjax.evals.config import Eval
+from memjax.evals.partial import Partial, Scored
 from memjax.evals.protocols import (
     Batch,
     Protocol,
@@ -52,6 +55,7 @@ def evaluate(
     step: int | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[int], None] | None = None,
+    partial: Partial | None = None,
 ) -> Result:
     """Score a corpus by the protocol of `config`.
 
@@ -60,38 +64,55 @@ def evaluate(
     step: passed on to the result.
     mesh: lanes are split over its batch axes, as in training; every process must call this.
     progress: called with the number of tokens scored since its last call.
+    partial: where to go on if an earlier call was stopped, and to save if this one is.
 
-    Raises DataError if there is no token to score, FieldError for a stride above the context.
+    Raises DataError if there is no token to score, FieldError for a stride above the context,
+    Stopped after a signal (with `partial` alone), when what was scored is saved.
     """
     definition, params = split(lm) if isinstance(lm, LanguageModel) else lm
     protocol = resolve(config, sequence)
     spans = take(corpus, protocol.context, max_tokens, max_documents)
     if not any(span.targets for span in spans):
         raise DataError(f"{corpus.source} split {corpus.split} has no tokens to score")
-    batches = make_batches(corpus, protocol, spans, _lanes(protocol, spans, config.batch, mesh))
+    lanes = _lanes(protocol, spans, config.batch, mesh)
     init, score = _compiled(definition, mesh)
-    totals = Totals(len(corpus.names))
-    start = time.perf_counter()
-    state: Any = None
+    begun = Scored(0, Totals(len(corpus.names)), None, 0.0)
+    if partial is not None:
+        shapes = jax.eval_shape(functools.partial(init, lanes=lanes), params)
+        begun = partial.begin(len(corpus.names), shapes)
+    done, totals, state, earlier = begun
+    if state is None:
+        state = init(params, lanes=lanes)
+    start = time.perf_counter() - earlier
     running: deque[tuple[Batch, jax.Array]] = deque()
 
-    def finish() -> None:
-        scored = totals.add(*running.popleft())
-        if progress is not None:
-            progress(scored)
+    def finish(most: int) -> None:
+        while len(running) > most:
+            scored = totals.add(*running.popleft())
+            if progress is not None:
+                progress(scored)
 
-    for batch in batches:
-        if state is None:
-            state = init(params, len(batch.windows))
+    batches = make_batches(corpus, protocol, spans, lanes)
+    for number, batch in enumerate(itertools.islice(batches, done, None), done):
+        if partial is not None and partial.is_due(number):
+            finish(0)
+            partial.save(Scored(number, totals, state, time.perf_counter() - start))
+            _end_if_stopped(partial, number, totals, spans)
         arrays = tuple(_place(a, mesh) for a in (batch.tokens_BT, batch.targets_BT, batch.reset_BT))
         state, nll_BT = score(params, state, *arrays)
         running.append((batch, nll_BT))
-        if len(running) > AHEAD:
-            finish()
-    while running:
-        finish()
+        finish(AHEAD)
+    finish(0)
     seconds = time.perf_counter() - start
     return totals.result(corpus, protocol, spans, step=step, seconds=seconds)
+
+
+def _end_if_stopped(partial: Partial, number: int, totals: Totals, spans: list[Span]) -> None:
+    received = partial.stop.after(number)
+    if received is not None:
+        scored, total = int(totals.tokens.sum()), sum(span.targets for span in spans)
+        told = f"{received.name}: scored {scored:,} of {total:,} tokens"
+        raise Stopped(received, f"{told}; run the same command to go on")
 
 
 def quick_eval(
@@ -158,10 +179,10 @@ def _compiled(definition: nnx.GraphDef, mesh: Mesh | None) -> tuple[Callable, Ca
             return state, token_nll(lm, hidden_BTD, targets_BT)
 
     if mesh is None:
-        return jax.jit(init, static_argnums=1), jax.jit(score)
+        return jax.jit(init, static_argnames="lanes"), jax.jit(score)
     lanes = sharding.lanes(mesh, LANE_AXIS)
     return (
-        jax.jit(init, static_argnums=1, out_shardings=lanes),
+        jax.jit(init, static_argnames="lanes", out_shardings=lanes),
         jax.jit(score, out_shardings=(lanes, sharding.replicated(mesh))),
     )
 

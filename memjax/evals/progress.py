@@ -12,15 +12,20 @@ LINE_EVERY_S = 10.0
 
 
 @contextmanager
-def scoring(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many of `total` tokens are scored; yields the function that counts them."""
+def scoring(label: str, total: int, before: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` tokens are scored; yields the function that counts them.
+
+    before: tokens that an earlier call scored.
+    """
+    if before:
+        print(f"{label}: going on from {before:,} of {total:,} tokens", file=sys.stderr, flush=True)
     show = _bar if sys.stderr.isatty() else _lines
-    with show(label, total) as advance:
+    with show(label, total, before) as advance:
         yield advance
 
 
 @contextmanager
-def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(label: str, total: int, before: int) -> Iterator[Callable[[int], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -28,21 +33,21 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total)
+        task = progress.add_task(label, total=total, completed=before)
         yield lambda tokens: progress.advance(task, tokens)
 
 
 @contextmanager
-def _lines(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def _lines(label: str, total: int, before: int) -> Iterator[Callable[[int], None]]:
     start = last = time.monotonic()
-    done = 0
+    done = before
 
     def advance(tokens: int) -> None:
         nonlocal last, done
         done += tokens
         if time.monotonic() - last >= LINE_EVERY_S:
             last = time.monotonic()
-            rate = done / (last - start)
+            rate = (done - before) / (last - start)
             print(
                 f"{label}: {100 * done / max(total, 1):.0f} % of {total:,} tokens, "
                 f"{rate:,.0f} tokens/s",
@@ -52,4 +57,4 @@ def _lines(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
     yield advance
     seconds = time.monotonic() - start
-    print(f"{label}: {done:,} tokens in {seconds:.1f} s", file=sys.stderr, flush=True)
+    print(f"{label}: {done - before:,} tokens in {seconds:.1f} s", file=sys.stderr, flush=True)

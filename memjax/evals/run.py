@@ -14,6 +14,7 @@ from memjax.data import Data, DataError, Tokenizer, open_corpus
 from memjax.data.generated import open_task
 from memjax.evals.config import Eval
 from memjax.evals.generation import generate
+from memjax.evals.partial import Partial
 from memjax.evals.perplexity import Parts, evaluate
 from memjax.evals.progress import scoring
 from memjax.evals.protocols import resolve, take
@@ -22,10 +23,12 @@ from memjax.experiment import Experiment
 from memjax.model import LanguageModel
 from memjax.model import split as split_model
 from memjax.training.checkpoint import read_params
+from memjax.training.signals import caught
 from memjax.training.workdir import load_experiment, load_tokenizer, write_atomically
 
 TASKS = ("wikitext", "pg19", "text", "stdlib")
 TASK_ROWS = 2048
+NOTICE = "memjax: stopping: saves after this batch (Ctrl-C again ends it at once)\n"
 
 
 class Run(NamedTuple):
@@ -81,7 +84,8 @@ def run_eval(
     max_documents: score only the first documents of the split (the result says so).
 
     Returns what was written (`memjax.evals.result.Result.to_dict`). Raises ConfigError or
-    DataError, one line, for a mistake of the caller.
+    DataError, one line, for a mistake of the caller; Stopped after a signal: the same call goes on
+    where this one was, and finds what one call would have found.
     """
     run = load_run(workdir, step)
     experiment = run.experiment
@@ -102,23 +106,29 @@ def run_eval(
     source = task_data(experiment, task, data)
     corpus = open_corpus(source, split, tokenizer=run.tokenizer)
     total = sum(span.targets for span in take(corpus, cut.context, None, max_documents))
-    with scoring(f"{corpus.source} {corpus.split} {cut.name}", total) as progress:
-        result = evaluate(
-            run.parts,
-            corpus,
-            settings,
-            sequence=sequence,
-            max_documents=max_documents,
-            step=run.step,
-            progress=progress,
-        )
-    values = {**result.to_dict(), "data": source.path, "data_digest": corpus.digest}
     name = [corpus.source, corpus.split, cut.name, f"context{cut.context}"]
     name += [f"stride{cut.stride}"] if cut.stride is not None else []
     name += ["zeroed"] if cut.name == "stream" and not cut.carry else []
     name += [f"documents{max_documents}"] if max_documents is not None else []
     name += [f"step{run.step}", corpus.digest[:8]]
-    _write(Path(workdir) / "eval", "-".join(name), values)
+    folder, full = Path(workdir) / "eval", "-".join(name)
+    with caught(NOTICE) as stop:
+        told = {"batch": settings.batch, "text": corpus.digest}
+        partial = Partial(folder / f".{full}.part", stop, run.parts[1], told)
+        with scoring(f"{corpus.source} {corpus.split} {cut.name}", total, partial.tokens) as count:
+            result = evaluate(
+                run.parts,
+                corpus,
+                settings,
+                sequence=sequence,
+                max_documents=max_documents,
+                step=run.step,
+                progress=count,
+                partial=partial,
+            )
+        values = {**result.to_dict(), "data": source.path, "data_digest": corpus.digest}
+        _write(folder, full, values)
+        partial.clear()
     return values
 
 

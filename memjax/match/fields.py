@@ -8,14 +8,17 @@ from typing import Any
 from memjax.config import ConfigError, build, override, to_dict
 from memjax.experiment import Experiment
 from memjax.match.settings import By
+from memjax.memory.base import MixerMemory
 
 MEMORY_SIZES = (
-    "slots", "window", "context", "memories", "states", "state_size", "key_size", "value_size",
-    "head_size", "expansion", "expand", "width",
+    "slots", "memory", "compressed", "blocks", "keys", "memory_size", "window", "context",
+    "memories", "states", "state_size", "key_size", "value_size", "head_size", "expansion",
+    "expand", "width",
 )  # fmt: skip
 """What makes a memory larger, the purest first; other sizes come after these, heads last."""
 CHARACTER = (
     "chunk", "conv", "unroll", "update_every", "segment", "top_k", "layers", "kv_heads", "position",
+    "rate", "block", "neighbours", "retrieve", "order",
 )  # fmt: skip
 """Not sizes: what only changes speed, or what an architecture is."""
 LEFT_OPEN = ("_size", "rank", "width")
@@ -27,7 +30,13 @@ def candidates(experiment: Experiment, by: By) -> list[str]:
     model = experiment.model
     sizes = list(_sizes(model.memory, "model.memory")) if model.memory is not None else []
     for name in dict.fromkeys(model.layers_in_order):
-        sizes += _sizes(model.mixer(name), f"model.mixers.{name}")
+        mixer, here = model.plain_mixer(name), f"model.mixers.{name}"
+        own = list(_sizes(mixer, here))
+        memory = model.memory
+        if isinstance(memory, MixerMemory) and memory.replaces(name, mixer):
+            kept = memory.honours  # of the others the model makes no use
+            own = [path for path in own if kept is None or path.rpartition(".")[2] in kept]
+        sizes += own
     sizes.sort(key=_rank)
     if by == "state":
         return [*sizes, "model.d_model"]
@@ -65,7 +74,7 @@ def read(experiment: Experiment, field: str) -> Any:
         names = list(dict.fromkeys(experiment.model.layers_in_order))
         if parts[2] not in names:
             raise ConfigError(f"match: {field}: no such mixer; choose from {', '.join(names)}")
-        here, parts = experiment.model.mixer(parts[2]), parts[3:]
+        here, parts = experiment.model.plain_mixer(parts[2]), parts[3:]
     for part in parts:
         names = [f.name for f in dataclasses.fields(here)] if dataclasses.is_dataclass(here) else []
         if part not in names:

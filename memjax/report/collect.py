@@ -192,12 +192,14 @@ def _read_evals(folder: Path) -> dict[str, dict[str, Any]]:
     evals: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         result = _read_json(path)
-        if "protocol" not in result:
+        if "task" not in result:
             continue
-        name = f"{result.get('task')} {result.get('split')} {result['protocol']}"
-        name += f" {result.get('context')}"
-        if result["protocol"] == "stream" and not result.get("carry"):
+        kept = (result.get(key) for key in ("task", "split", "protocol", "context"))
+        name = " ".join(str(value) for value in kept if value is not None)
+        if result.get("protocol") == "stream" and not result.get("carry"):
             name += " zeroed"
+        if result.get("whole_split") is False:
+            name += f", first {result.get('documents')}"
         if name not in evals or result.get("step", 0) >= evals[name].get("step", 0):
             evals[name] = result
     return evals

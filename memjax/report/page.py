@@ -20,6 +20,11 @@ MEASURES = {
     "loss": "loss",
     "eval_loss": "valid loss",
 }
+EVALUATED = {
+    "word_perplexity": "word ppl",
+    "bits_per_byte": "bits/byte",
+    "accuracy": "accuracy",
+}
 
 
 class Cell:
@@ -108,9 +113,11 @@ def _settings_table(runs: Sequence[Run]) -> str:
             if values:
                 row |= _spread(shown, values)
         for name in dict.fromkeys(name for run in members for name in run.evals):
-            values = [v for run in members if (v := _perplexity(run.evals.get(name))) is not None]
-            if values:
-                row |= _spread(f"{name}: word ppl", values, number)
+            for measure, shown in EVALUATED.items():
+                found = [run.evals.get(name, {}).get(measure) for run in members]
+                values = [v for v in found if v is not None]
+                if values:
+                    row |= _spread(f"{name}: {shown}", values, number)
         rows.append(row)
     return f"<h2>By setting, over seeds</h2>{_table(rows)}"
 
@@ -127,10 +134,6 @@ def _spread(
     return {name: Cell(mean, shown(mean)), f"± {name}": Cell(deviation)}
 
 
-def _perplexity(result: dict[str, Any] | None) -> float | None:
-    return None if result is None else result.get("word_perplexity")
-
-
 def _runs_table(runs: Sequence[Run]) -> str:
     return f"<h2>Runs</h2>{_table([_row(run) for run in runs], search=len(runs) > 10)}"
 
@@ -144,8 +147,9 @@ def _row(run: Run) -> dict[str, Cell]:
         if value is not None:
             row[shown] = Cell(value, f"{value:.4f}")
     for name, result in run.evals.items():
-        row[f"{name}: word ppl"] = Cell(_perplexity(result))
-        row[f"{name}: bits/byte"] = Cell(result.get("bits_per_byte"))
+        for measure, shown in EVALUATED.items():
+            if measure in result:
+                row[f"{name}: {shown}"] = Cell(result[measure])
     row["params"] = Cell(run.params)
     if run.state_bytes is not None:
         row["state a sequence"] = Cell(run.state_bytes, size(run.state_bytes))

@@ -99,6 +99,10 @@ class Directory:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path / PLAN} cannot be read ({error})") from None
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Settings of the evaluations that the sweep wants of every point."""
+        return self.plan()["settings"].get("evaluate", [])
+
     def adopt(self, points: Sequence[Planned]) -> list[Planned]:
         """The points under the names they have here already, if their configs are here.
 
@@ -157,12 +161,20 @@ class Directory:
             return status["state"]
         return RUNNING if is_locked(self.run(name)) else STOPPED
 
-    def settled(self, name: str, ended_count: bool) -> bool:
-        """Whether nothing is left to do: done with the config it has now, or ended early."""
+    def settled(
+        self, name: str, ended_count: bool, evaluations: Sequence[dict[str, Any]] = ()
+    ) -> bool:
+        """Whether nothing is left to do: done with the config it has now, or ended early.
+
+        evaluations: the settings of those that the sweep wants now.
+        """
         status = self.status(name)
         if status["state"] == ENDED:
             return ended_count
-        return status["state"] == DONE and status.get("digest") == digest(self.experiment(name))
+        found = [done["settings"] for done in status.get("evaluated") or []]
+        missing = any(wanted not in found for wanted in evaluations)
+        same = status.get("digest") == digest(self.experiment(name))
+        return status["state"] == DONE and same and not missing
 
     def mark(self, name: str, **fields: Any) -> dict[str, Any]:
         """Change the status of a point."""

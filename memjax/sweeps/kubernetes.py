@@ -7,6 +7,7 @@ reads like YAML. The folder of the sweep must lie on a volume that all pods moun
 import dataclasses
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,9 +81,15 @@ def write_manifests(directory: Directory, todo: Sequence[str], settings: Kuberne
         path = folder / f"{manifest['metadata']['name']}.json"
         write_atomically(path, json.dumps(manifest, indent=2) + "\n")
         paths.append(path)
-    print(f"apply   kubectl apply -f {folder}/", file=sys.stderr)
-    print(f"watch   kubectl get pods -l memjax-sweep={name}", file=sys.stderr)
-    print(f"stop    kubectl delete job,jobset -l memjax-sweep={name}", file=sys.stderr)
+    if not paths:
+        print("every point is done: nothing to apply", file=sys.stderr)
+        return []
+    kubectl = "kubectl" if settings.namespace is None else f"kubectl -n {settings.namespace}"
+    kind = "job" if settings.hosts == 1 else "jobset"
+    applied = shlex.quote(f"{folder}/")
+    print(f"apply   {kubectl} apply -f {applied}", file=sys.stderr)
+    print(f"watch   {kubectl} get pods -l memjax-sweep={name}", file=sys.stderr)
+    print(f"stop    {kubectl} delete {kind} -l memjax-sweep={name}", file=sys.stderr)
     return paths
 
 

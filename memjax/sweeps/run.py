@@ -1,8 +1,5 @@
 """What `memjax sweep` does: plan, show, run, and say how it went."""
 
-import dataclasses
-import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -15,7 +12,6 @@ from memjax.sweeps.directory import (
     DONE,
     ENDED,
     FAILED,
-    PLAN,
     RUNNING,
     STOPPED,
     WAITING,
@@ -28,11 +24,9 @@ from memjax.sweeps.search import Proposals
 from memjax.sweeps.slurm import Slurm, submit
 from memjax.sweeps.spec import Sweep, load_sweep
 from memjax.sweeps.table import Live
+from memjax.sweeps.worker import EVALUATED
 
 STATES = (DONE, RUNNING, WAITING, STOPPED, ENDED, FAILED)
-SHARE_OF_ROOF = 0.3
-"""What a training step reaches of the roof of products; a guess, where nothing was measured."""
-
 Executor = Local | Slurm | Kubernetes
 
 
@@ -42,47 +36,6 @@ def default_workdir(source: str) -> str:
     path = Path(file)
     stem = path.absolute().parent.name if path.stem == "sweep" else path.stem
     return str(Path("runs") / "-".join(filter(None, (stem, variant))))
-
-
-def dry_run(
-    source: str,
-    workdir: str | None,
-    overrides: Sequence[tuple[str, str]],
-    speed: float | None,
-    executor: str,
-) -> dict[str, Any]:
-    """The points with what they cost; nothing is written but the cache of the data."""
-    sweep = load_sweep(source)
-    planner = Planner(sweep, overrides)
-    directory = Directory(workdir or default_workdir(source))
-    planned = planner.plan(sweep.points) if sweep.search is None else []
-    if (directory.path / PLAN).is_file():
-        planned = directory.adopt(planned)
-    rate, basis = _speed(speed, directory, executor == "local")
-    rows = []
-    for point in planned:
-        costs = point.costs
-        row = {
-            "point": point.name,
-            "state": directory.state(point.name),
-            **costs._asdict(),
-            "hours": None if rate is None else costs.flops / rate / 3600,
-            "matched": {key: list(pair) for key, pair in point.matched.items()},
-        }
-        rows.append(row)
-    if sweep.search is not None:
-        print(
-            f"{sweep.search.trials} points are proposed by Optuna while the sweep runs",
-            file=sys.stderr,
-        )
-    total = sum(point.costs.flops for point in planned)
-    return {
-        "points": rows,
-        "flops": total,
-        "flops_per_s": rate,
-        "basis": basis,
-        "hours": None if rate is None else total / rate / 3600,
-    }
 
 
 def run_sweep(
@@ -132,10 +85,7 @@ def _record(
     source: str,
     proposed: dict[str, dict[str, Any]] | None = None,
 ) -> None:
-    evaluate = [
-        {k: v for k, v in dataclasses.asdict(e).items() if v is not None} for e in sweep.evaluate
-    ]
-    settings: dict[str, Any] = {"evaluate": evaluate}
+    settings: dict[str, Any] = {"evaluate": [e.given() for e in sweep.evaluate]}
     if proposed is not None:
         settings["proposed"] = proposed
     directory.write(planned, source, settings)
@@ -143,9 +93,9 @@ def _record(
 
 def _todo(directory: Directory, names: Sequence[str], sweep: Sweep, again: bool) -> list[str]:
     """The points with something left to do, those that failed before with their last words."""
-    todo = []
+    todo, evaluations = [], [e.given() for e in sweep.evaluate]
     for name in names:
-        if directory.settled(name, ended_count=sweep.stop is not None):
+        if directory.settled(name, sweep.stop is not None, evaluations):
             continue
         status = directory.status(name)
         if status["state"] == FAILED:
@@ -202,10 +152,17 @@ def _run_local(
 def summary(directory: Directory) -> dict[str, Any]:
     """How a sweep stands: counts by state, and a row a point, the best first."""
     plan = directory.plan()
+    wanted = plan["settings"].get("evaluate", [])
+    names = dict(zip(map(str, wanted), _names_of(wanted)))
     rows = []
     for point in plan["points"]:
         status, state = directory.status(point["name"]), directory.state(point["name"])
-        last = {k: status.get(k) for k in ("step", "loss", "eval_loss", "word_perplexity")}
+        last = {k: status.get(k) for k in ("step", "loss", "eval_loss")}
+        found = {
+            names[str(one["settings"])]: {k: one[k] for k in EVALUATED if k in one}
+            for one in status.get("evaluated") or []
+            if str(one["settings"]) in names
+        }
         if state in (RUNNING, STOPPED, FAILED, ENDED):
             records = directory.records(point["name"])
             record = records[-1] if records else {}
@@ -215,6 +172,7 @@ def summary(directory: Directory) -> dict[str, Any]:
                 "point": point["name"],
                 "state": state,
                 **last,
+                "evaluations": found,
                 "params": point["params"],
                 "state_bytes": point["state_bytes"],
                 "seconds": status.get("seconds"),
@@ -231,44 +189,21 @@ def summary(directory: Directory) -> dict[str, Any]:
     }
 
 
+def _names_of(evaluations: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells the evaluations of a sweep apart; a single one has nothing to tell."""
+    fields = dict.fromkeys(key for one in evaluations for key in one)
+    differ = [k for k in fields if len({str(one.get(k)) for one in evaluations}) > 1]
+    return [
+        ", ".join(f"{key}={str(one[key]).lower()}" for key in differ if key in one)
+        for one in evaluations
+    ]
+
+
 def _rank(row: dict[str, Any]) -> tuple[int, float]:
-    for place, key in enumerate(("word_perplexity", "eval_loss", "loss")):
-        if row[key] is not None:
-            return place, row[key]
-    return 3, 0.0
-
-
-def _speed(
-    given: float | None, directory: Directory, local: bool
-) -> tuple[float | None, str | None]:
-    """Operations a second that a run reaches, and where the number is from."""
-    if given is not None:
-        return given, "--speed"
-    measured = _measured(directory)
-    if measured is not None:
-        return measured, f"measured in {directory.path}"
-    if not local:
-        return None, None
-    command = [sys.executable, "-m", "memjax.sweeps.roof"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        return None, None
-    return (
-        SHARE_OF_ROOF * float(done.stdout),
-        f"{SHARE_OF_ROOF:.0%} of the matrix-product roof of this machine: a guess",
-    )
-
-
-def _measured(directory: Directory) -> float | None:
-    """The median over finished points of an earlier call."""
-    try:
-        points = directory.plan()["points"]
-    except ConfigError:
-        return None
-    rates = []
-    for point in points[:50]:
-        records = directory.records(point["name"])
-        speeds = [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]
-        if speeds:
-            rates.append(statistics.median(speeds) * point["flops_per_token"])
-    return statistics.median(rates) if rates else None
+    """The first evaluation decides, or else the loss."""
+    first = next(iter(row["evaluations"].values()), {})
+    accuracy = first.get("accuracy")
+    values = [first.get("word_perplexity"), None if accuracy is None else -accuracy]
+    values += [row["eval_loss"], row["loss"]]
+    ranks = [(place, value) for place, value in enumerate(values) if value is not None]
+    return ranks[0] if ranks else (len(values), 0.0)

@@ -140,7 +140,8 @@ def submit(directory: Directory, todo: Sequence[str], settings: Slurm, retries: 
             raise WorkError(f"sbatch refused the sweep: {line}") from None
         for name, job in zip(todo, jobs):
             directory.mark(name, state=WAITING, job=job.job_id, error=None)
-        print(f"{len(todo)} points queued as job {jobs[0].job_id.split('_')[0]}", file=sys.stderr)
+        points = "1 point" if len(todo) == 1 else f"{len(todo)} points"
+        print(f"{points} queued as job {jobs[0].job_id.split('_')[0]}", file=sys.stderr)
     if settings.wait:
         _wait(directory)
 

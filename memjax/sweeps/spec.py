@@ -4,6 +4,7 @@ A sweep file is Python with `get_sweep()`, or `get_sweep(variant)` for `--sweep=
 """
 
 import dataclasses
+import difflib
 import importlib.util
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,11 @@ class Evaluate:
     carry: bool | None = None
     batch: int | None = None
     max_documents: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are not left to their defaults."""
+        fields = dataclasses.asdict(self)
+        return {key: value for key, value in fields.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,12 +89,20 @@ class Sweep:
             raise ConfigError("match.to=None needs a first point, which a search has not; name one")
 
 
+def _hint(path: Path) -> str:
+    if (path / "sweep.py").is_file():
+        return f"did you mean {path / 'sweep.py'}?"
+    files = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, files, 1)
+    return f"did you mean {path.parent / near[0]}?" if near else "give one with get_sweep()"
+
+
 def load_sweep(name: str) -> Sweep:
     """The sweep of `FILE.py[:variant]`. Raises ConfigError, one line."""
     file, _, variant = name.partition(":")
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
-        raise ConfigError(f"--sweep={name}: must be an existing .py file with get_sweep()")
+        raise ConfigError(f"--sweep={name}: no such .py file; {_hint(path)}")
     spec = importlib.util.spec_from_file_location("memjax_sweep_file", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

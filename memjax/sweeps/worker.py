@@ -30,6 +30,7 @@ from memjax.config import ConfigError
 from memjax.errors import Stopped, WorkError
 
 MISTAKE, FAILURE, IDLE = 2, 1, 75
+EVALUATED = ("word_perplexity", "accuracy")
 
 
 class Termination:
@@ -45,7 +46,7 @@ class Termination:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.busy:
             os._exit(IDLE)
-        raise Stopped(number, f"{signal.Signals(number).name} before training began")
+        raise Stopped(number, f"{signal.Signals(number).name}: nothing was in training")
 
 
 def run_point(folder: Path, name: str, first: bool = True) -> tuple[str, int]:
@@ -102,10 +103,19 @@ def _train_and_evaluate(sweep: Any, name: str, experiment: Any, first: bool) -> 
     summary = train(experiment, run)
     kept = ("step", "loss", "eval_loss", "tokens", "parameters", "skipped")
     result = {key: summary.get(key) for key in kept}
-    for settings in sweep.plan()["settings"].get("evaluate", []) if first else []:
-        values = run_eval(run, **settings)
-        result["word_perplexity"] = values["word_perplexity"]
+    if first:
+        found = sweep.status(name).get("evaluated") or [] if "already_finished" in summary else []
+        known = {str(one["settings"]): one for one in found}
+        result["evaluated"] = [
+            known.get(str(settings)) or {"settings": settings, **_told(run_eval(run, **settings))}
+            for settings in sweep.evaluations()
+        ]
     return result
+
+
+def _told(values: dict[str, Any]) -> dict[str, Any]:
+    """Of an evaluation: the word perplexity, or the accuracy at a synthetic task."""
+    return {key: values[key] for key in EVALUATED if key in values}
 
 
 def serve(folder: Path, termination: Termination) -> int:
@@ -124,12 +134,16 @@ def serve(folder: Path, termination: Termination) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=read, daemon=True).start()
+    frozen = False
     while (name := names.get()) is not None:
         termination.busy = True
         with _output_to(folder / "logs" / f"{name}.log"):
             state, status = run_point(folder, name)
         jax.clear_caches()
         gc.collect()
+        if not frozen:  # modules are there to stay: later points need not look through them
+            gc.freeze()
+            frozen = True
         termination.busy = False
         replies.write(json.dumps({"point": name, "state": state, "status": status}) + "\n")
     return 0
@@ -159,7 +173,8 @@ def run_alone(folder: Path, name: str) -> int:
     from memjax.platform import enable_compilation_cache
     from memjax.sweeps.directory import Directory
 
-    if Directory(folder).settled(name, ended_count=True):
+    sweep = Directory(folder)
+    if sweep.settled(name, ended_count=True, evaluations=sweep.evaluations()):
         print(f"{name} is done already", file=sys.stderr)
         return 0
     join_processes()

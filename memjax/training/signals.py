@@ -42,8 +42,10 @@ class Stop:
 
 
 @contextmanager
-def caught() -> Iterator[Stop]:
+def caught(notice: str = NOTICE) -> Iterator[Stop]:
     """Catch both signals; what handled them before does so again afterwards.
+
+    notice: what is said when the first one comes.
 
     With several processes SIGTERM is left to JAX's coordinator. Outside the main thread Python can
     catch none.
@@ -59,7 +61,7 @@ def caught() -> Iterator[Stop]:
     ended, (reader, writer) = threading.Event(), os.pipe()
     os.set_blocking(writer, False)
     other = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reader, ended), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(reader, ended, notice), daemon=True)
     watcher.start()
     try:
         yield stop
@@ -73,7 +75,7 @@ def caught() -> Iterator[Stop]:
         os.close(reader)
 
 
-def _watch(reader: int, ended: threading.Event) -> None:
+def _watch(reader: int, ended: threading.Event, notice: str) -> None:
     """Say what a signal does when it comes: its handler waits while XLA compiles, or a step runs.
 
     A second SIGINT ends the process if its handler has not done so soon.
@@ -82,7 +84,7 @@ def _watch(reader: int, ended: threading.Event) -> None:
     while number := os.read(reader, 1):
         interrupts += number[0] == signal.SIGINT
         if interrupts < 2:
-            line = ("\n" if os.isatty(2) else "") + NOTICE
+            line = ("\n" if os.isatty(2) else "") + notice
             os.write(2, line.encode())
         elif not ended.wait(PATIENCE_S):
             os.write(2, (SHOW_CURSOR if os.isatty(2) else "").encode())

@@ -39,12 +39,12 @@ CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", ".lock"
 SESSIONS = "sessions.jsonl"  # a line a start of the run
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str | bytes) -> None:
     """Replace `path` whole. Raises ConfigError, naming it, if it cannot be written."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(part, "w") as file:
-            file.write(text)
+        with open(part, "wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
