@@ -3,6 +3,8 @@
 Each raises ValueError with one line: the operation, the argument, its value and the rule.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -51,6 +53,16 @@ def check_at_least_one(op: str, **values: int | None) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{op}: {name}={value!r} must be an integer of at least 1")
+
+
+def check_positive(op: str, **values: float | None) -> None:
+    """Settings are Python numbers above 0, and finite."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            raise ValueError(f"{op}: {name}={value!r} must be a number above 0, or None")
 
 
 def check_tokens(op: str, tokens: int) -> None:

@@ -77,6 +77,8 @@ VARIANTS = {
     "attention-nope": Attention(position=NoPE(), window=11),
     "attention-alibi": Attention(position=ALiBi(), context=12),
     "attention-self-only": Attention(window=1),
+    "attention-cap-sinks": Attention(window=7, kv_heads=2, logit_cap=0.5, sinks=True),
+    "attention-cap-sinks-alibi": Attention(context=12, position=ALiBi(), logit_cap=2.0, sinks=True),
     "all_attention-window": AllAttention(slots=3, window=6, head_size=3, position=NoPE()),
     "linear-none": LinearAttention(decay="none", chunk=8),
     "linear-vector": LinearAttention(decay="vector", heads=2, chunk=16, value_size=6),

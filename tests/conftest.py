@@ -11,6 +11,7 @@ import shutil
 import tempfile
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -33,6 +34,15 @@ def forget_programs():
     yield
     if next(_count) % TESTS_BETWEEN_CLEARINGS == 0:
         jax.clear_caches()
+
+
+@pytest.fixture
+def unchecked():
+    """Users run without the shape checker of the tests; the errors of the package itself count."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def pytest_sessionfinish(session):

@@ -4,7 +4,6 @@ import logging
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 
 import pallas_kernels
@@ -18,15 +17,6 @@ CALLS = {
     "delta_rule": lambda **kw: delta_rule(Q, Q, Q, RATE, **kw),
     "attention": lambda **kw: attention(Q, Q, Q, **kw),
 }
-
-
-@pytest.fixture
-def unchecked():
-    """Users run without the shape checker of the tests; the errors of the package itself count."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, document_ids
+from memjax.layers import Linear, document_ids, normal
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -33,6 +33,9 @@ class Attention(MixerConfig):
         attended in full; of longer ones the oldest keys are dropped, in every segment alike.
     heads, kv_heads: query heads, and key/value heads shared by groups of them (None: as many).
     head_size: None is d_model / heads.
+    logit_cap: bound c of the logits, which become c tanh(logit / c) (50 in Gemma 2); None for none.
+    sinks: whether each head has a learned logit that takes a part of every softmax, so that a head
+        may read nothing.
     """
 
     kind: ClassVar[str] = "attention"
@@ -42,10 +45,14 @@ class Attention(MixerConfig):
     window: int | None = None
     context: int = 1024
     position: PositionField = Rotary()
+    logit_cap: float | None = None
+    sinks: bool = False
     impl: Literal["auto", "reference", "xla", "tpu", "gpu"] = "auto"
 
     def __post_init__(self):
         check_at_least(self, 1, "heads", "kv_heads", "head_size", "window", "context")
+        cap = self.logit_cap
+        check(self, "logit_cap", cap is None or cap > 0, "must be greater than 0, or none")
         groups = self.kv_heads or self.heads
         check(self, "kv_heads", self.heads % groups == 0, f"must divide heads={self.heads}")
 
@@ -68,11 +75,14 @@ class AttentionState(NamedTuple):
 class AttentionMixer(SequenceMixer):
     """y_t = W_o sum_j softmax_j(q_t . k_j / sqrt(K)) v_j over 0 <= t - j < reach, same document.
 
-    Positions (`memjax.positions`) turn q and k, or lower the logits of distant keys.
+    Positions (`memjax.positions`) turn q and k, or lower the logits of distant keys, behind their
+    cap where `logit_cap` is set. With `sinks` a head's softmax has e^sink more in its denominator;
+    sinks start from N(0, 0.02), as in the released code of gpt-oss in transformers.
 
     State: M = reach - 1 cached keys and values, float32, so 2 M G K floats a sequence.
     Errors: FieldError if the heads do not fit the width.
-    Source: arXiv:1706.03762; grouped heads arXiv:2305.13245; rotary arXiv:2104.09864.
+    Source: arXiv:1706.03762; grouped heads arXiv:2305.13245; rotary arXiv:2104.09864; cap
+    arXiv:2408.00118; sinks arXiv:2508.10925.
     """
 
     splits_tokens = True
@@ -88,6 +98,9 @@ class AttentionMixer(SequenceMixer):
         self.key = Linear(d_model, narrow, rngs=rngs, axes=("heads", "embed"))
         self.value = Linear(d_model, narrow, rngs=rngs, axes=("heads", "embed"))
         self.out = Linear(wide, d_model, rngs=rngs, axes=("embed", "heads"))
+        self.sinks = (
+            nnx.Param(normal(rngs, (config.heads,)), axes=("head",)) if config.sinks else None
+        )
 
     def init_state(self, batch: int) -> AttentionState:
         cache = jnp.zeros((batch, self.reach - 1, self.groups, self.size), jnp.float32)
@@ -108,19 +121,22 @@ class AttentionMixer(SequenceMixer):
         k_BTGK = apply_position(self.config.position, heads(self.key(x_BTD)), position_BT)
         slopes = self.config.position.slopes(self.config.heads)
         slopes_H = None if slopes is None else jnp.asarray(slopes, jnp.float32)
-        args = (q_BTHK, k_BTGK, heads(self.value(x_BTD)), *state[:3], reset_BT, slopes_H)
-        axes = ("BTHK", "BTGK", "BTGK", "BMGK", "BMGK", "BM", "BT", "H")
+        sinks_H = None if self.sinks is None else self.sinks[...]
+        args = (q_BTHK, k_BTGK, heads(self.value(x_BTD)), *state[:3], reset_BT, slopes_H, sinks_H)
+        axes = ("BTHK", "BTGK", "BTGK", "BMGK", "BMGK", "BM", "BT", "H", "H")
         y_BTHK, *cache = split(self._attend, args, axes, ("BTHK", "BMGK", "BMGK", "BM"))
         k_BMGK, v_BMGK, valid_BM = cache
         state = AttentionState(k_BMGK, v_BMGK, valid_BM, last_token(position_BT) + 1)
         return state, self.out(y_BTHK.reshape(*x_BTD.shape[:2], -1))
 
-    def _attend(self, axis_name, q_BTHK, k_BTGK, v_BTGK, k_BMGK, v_BMGK, valid_BM, reset_BT, bias):
+    def _attend(
+        self, axis_name, q_BTHK, k_BTGK, v_BTGK, k_BMGK, v_BMGK, valid_BM, reset_BT, bias, sinks
+    ):
         """Outputs, and the next cache: keys, values, and which of them are valid."""
         dtype = q_BTHK.dtype
         if axis_name is not None:
             return self._attend_on_a_ring(
-                axis_name, q_BTHK, k_BTGK, v_BTGK, k_BMGK, v_BMGK, valid_BM, reset_BT, bias
+                axis_name, q_BTHK, k_BTGK, v_BTGK, k_BMGK, v_BMGK, valid_BM, reset_BT, bias, sinks
             )
         k_BJGK = jnp.concatenate([k_BMGK.astype(dtype), k_BTGK], 1)
         v_BJGK = jnp.concatenate([v_BMGK.astype(dtype), v_BTGK], 1)
@@ -133,6 +149,8 @@ class AttentionMixer(SequenceMixer):
             window=self.reach,
             segment_ids=(id_BT, id_BJ),
             bias=bias,
+            logit_cap=self.config.logit_cap,
+            sinks=sinks,
             impl=self.config.impl,
         )
         last = slice(k_BJGK.shape[1] - (self.reach - 1), None)
@@ -140,7 +158,7 @@ class AttentionMixer(SequenceMixer):
         return y_BTHK, *_cache(k_BJGK[:, last], v_BJGK[:, last], valid_BM)
 
     def _attend_on_a_ring(
-        self, axis_name, q_BTHK, k_BTGK, v_BTGK, k_BMGK, v_BMGK, valid_BM, reset_BT, bias
+        self, axis_name, q_BTHK, k_BTGK, v_BTGK, k_BMGK, v_BMGK, valid_BM, reset_BT, bias, sinks
     ):
         """`_attend` where tokens are split over devices."""
         id_BT = context_parallel.document_numbers(reset_BT, axis_name=axis_name)
@@ -153,6 +171,8 @@ class AttentionMixer(SequenceMixer):
             window=self.reach,
             segment_ids=id_BT,
             bias=bias,
+            logit_cap=self.config.logit_cap,
+            sinks=sinks,
             cache=Cache(k_BMGK, v_BMGK, id_BM) if self.reach > 1 else None,
             impl=self.config.impl,
         )

@@ -14,6 +14,7 @@ from jax import lax
 
 from pallas_kernels.attention import rows
 from pallas_kernels.attention.rule import Places, Rule
+from pallas_kernels.attention.sinks import add_sinks, sink_gradients
 from pallas_kernels.attention.tile import LOWEST, Tile, merge
 from pallas_kernels.products import accumulation_dtype
 
@@ -24,6 +25,7 @@ def attention_chunked(
     k_BJGK: jax.Array,
     v_BJGV: jax.Array,
     slopes_H: jax.Array | None,
+    sinks_H: jax.Array | None,
     queries: Places,
     keys: Places,
 ) -> jax.Array:
@@ -32,9 +34,10 @@ def attention_chunked(
     groups = k_BJGK.shape[2]
     dtype = jnp.result_type(q_BTHK, k_BJGK, v_BJGV)
     q_BTGRK = q_BTHK.astype(dtype).reshape(batch, tokens, groups, heads // groups, key_size)
-    slopes_GR = None
-    if slopes_H is not None:
-        slopes_GR = slopes_H.astype(accumulation_dtype(q_BTGRK)).reshape(groups, heads // groups)
+    slopes_GR, sinks_GR = (
+        None if x is None else x.astype(accumulation_dtype(q_BTGRK)).reshape(groups, -1)
+        for x in (slopes_H, sinks_H)
+    )
     # Cut before heads are moved: XLA on CPU would move the heads of an empty cache too.
     # By `split`, since XLA can take its gradient apart again; those of slices come padded.
     cuts = [start for start, _ in _parts(tokens, k_BJGK.shape[1])[1:]]
@@ -43,7 +46,7 @@ def attention_chunked(
         for k, v in zip(jnp.split(k_BJGK, cuts, 1), jnp.split(v_BJGV, cuts, 1), strict=True)
     )
     q_BGRTK = jnp.transpose(q_BTGRK, (0, 2, 3, 1, 4))
-    o_BGRTV = _attention(rule, q_BGRTK, parts, slopes_GR, queries, keys)
+    o_BGRTV = _attention(rule, q_BGRTK, parts, slopes_GR, sinks_GR, queries, keys)
     o_BTGRV = jnp.transpose(o_BGRTV, (0, 3, 1, 2, 4))
     return o_BTGRV.reshape(batch, tokens, heads, v_BJGV.shape[-1]).astype(q_BTHK.dtype)
 
@@ -55,8 +58,8 @@ def _parts(tokens: int, keys: int) -> list[tuple[int, int]]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(rule, q_BGRTK, parts, slopes_GR, queries, keys):
-    return _forward(rule, q_BGRTK, parts, slopes_GR, queries, keys)[0]
+def _attention(rule, q_BGRTK, parts, slopes_GR, sinks_GR, queries, keys):
+    return _forward(rule, q_BGRTK, parts, slopes_GR, sinks_GR, queries, keys)[0]
 
 
 def _tiles(rule, q_BGRTK, parts, slopes_GR, queries, keys) -> list[tuple[Rule, Tile]]:
@@ -70,20 +73,20 @@ def _tiles(rule, q_BGRTK, parts, slopes_GR, queries, keys) -> list[tuple[Rule, T
     return tiles
 
 
-def _forward(rule, q_BGRTK, parts, slopes_GR, queries, keys):
+def _forward(rule, q_BGRTK, parts, slopes_GR, sinks_GR, queries, keys):
     *cache, segment = _tiles(rule, q_BGRTK, parts, slopes_GR, queries, keys)
     out = rows.forward(*segment)
     for prefix in cache:
         nothing = (jnp.zeros_like(out[0]), jnp.full_like(out[1], LOWEST))
         earlier = _if_any_seen(prefix[1].keys, functools.partial(rows.forward, *prefix), nothing)
         out = merge(earlier, out)
-    o_BGRTV, lse_BGRT1 = out
+    o_BGRTV, lse_BGRT1 = add_sinks(*out, sinks_GR)
     o_BGRTV = o_BGRTV.astype(q_BGRTK.dtype)
-    return o_BGRTV, (q_BGRTK, parts, slopes_GR, queries, keys, o_BGRTV, lse_BGRT1)
+    return o_BGRTV, (q_BGRTK, parts, slopes_GR, queries, keys, sinks_GR, o_BGRTV, lse_BGRT1)
 
 
 def _backward(rule, residuals, d_o_BGRTV):
-    *inputs, o_BGRTV, lse_BGRT1 = residuals
+    *inputs, sinks_GR, o_BGRTV, lse_BGRT1 = residuals
     q_BGRTK, slopes_GR = inputs[0], inputs[2]
     dtype = accumulation_dtype(o_BGRTV)
     dot_BGRT1 = jnp.sum(d_o_BGRTV.astype(dtype) * o_BGRTV.astype(dtype), axis=-1, keepdims=True)
@@ -98,7 +101,7 @@ def _backward(rule, residuals, d_o_BGRTV):
     d_q = sum(part.q_BGRCK for part in gradients).astype(kind)
     d_parts = tuple((part.k_BGJK.astype(kind), part.v_BGJV.astype(kind)) for part in gradients)
     d_slopes = None if slopes_GR is None else sum(part.slopes_GR for part in gradients)
-    return d_q, d_parts, d_slopes, None, None
+    return d_q, d_parts, d_slopes, sink_gradients(sinks_GR, lse_BGRT1, dot_BGRT1), None, None
 
 
 _attention.defvjp(_forward, _backward)

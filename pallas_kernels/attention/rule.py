@@ -17,6 +17,7 @@ class Rule(NamedTuple):
     window: int | None
     scale: float
     offset: int | None
+    logit_cap: float | None
 
 
 class Places(NamedTuple):
@@ -29,6 +30,14 @@ class Places(NamedTuple):
         """Tokens start to stop."""
         segment_BT = None if self.segment_BT is None else self.segment_BT[:, start:stop]
         return Places(self.position_BT[:, start:stop], segment_BT)
+
+
+def capped(rule: Rule, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """c tanh(logits / c) for a cap of c, and its derivative; logits and None without a cap."""
+    if rule.logit_cap is None:
+        return logits, None
+    part = jnp.tanh(logits * (1 / rule.logit_cap))
+    return rule.logit_cap * part, 1 - part * part
 
 
 def distance(queries: Places, keys: Places) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.rule import Places, Rule, distance, visible
+from pallas_kernels.attention.rule import Places, Rule, capped, distance, visible
 from pallas_kernels.products import columns_dot_columns, dot, rows_dot_rows
 
 # A hidden score is far below any maximum, and no maximum is below LOWEST: exp(HIDDEN - LOWEST) is
@@ -58,7 +58,7 @@ class TransposedGradients(NamedTuple):
 
 def tile_forward(rule: Rule, tile: Tile) -> tuple[jax.Array, jax.Array]:
     """Output `[B, G, R, C, V]` and log-sum-exp `[B, G, R, C, 1]` over the keys of the tile."""
-    scores_BGSJ = _scores(rule, tile)
+    scores_BGSJ, _ = _scores(rule, tile)
     largest_BGS1 = jnp.maximum(jnp.max(scores_BGSJ, axis=-1, keepdims=True), LOWEST)
     weights_BGSJ = jnp.exp(scores_BGSJ - largest_BGS1)
     total_BGS1 = jnp.sum(weights_BGSJ, axis=-1, keepdims=True)
@@ -81,13 +81,16 @@ def tile_transposed(
     """`tile_backward`, for sums over tiles that are set upright once."""
     dtype = tile.q_BGRCK.dtype
     lse_BGS1, dot_BGS1, d_o_BGSV = _fold(lse_BGRC1), _fold(dot_BGRC1), _fold(d_o_BGRCV)
-    weights_BGSJ = jnp.exp(_scores(rule, tile) - lse_BGS1)
+    scores_BGSJ, steepness_BGSJ = _scores(rule, tile)
+    weights_BGSJ = jnp.exp(scores_BGSJ - lse_BGS1)
     d_v_BGVJ = columns_dot_columns(d_o_BGSV, weights_BGSJ.astype(dtype))
     d_scores_BGSJ = weights_BGSJ * (rows_dot_rows(d_o_BGSV, tile.v_BGJV) - dot_BGS1)
     d_slopes_GR = None
     if tile.slopes_GR is not None:
         away_B11CJ = distance(tile.queries, tile.keys)[:, None, None]
         d_slopes_GR = -jnp.sum(_unfold(d_scores_BGSJ, tile) * away_B11CJ, axis=(0, 3, 4))
+    if steepness_BGSJ is not None:
+        d_scores_BGSJ = d_scores_BGSJ * steepness_BGSJ
     d_scores_BGSJ = (d_scores_BGSJ * rule.scale).astype(dtype)
     d_q_BGRCK = _unfold(dot(d_scores_BGSJ, tile.k_BGJK), tile)
     d_k_BGKJ = columns_dot_columns(_fold(tile.q_BGRCK), d_scores_BGSJ)
@@ -103,8 +106,10 @@ def merge(
     return left_o * jnp.exp(left_lse - lse) + right_o * jnp.exp(right_lse - lse), lse
 
 
-def _scores(rule: Rule, tile: Tile) -> jax.Array:
-    scores_BGSJ = rows_dot_rows(_fold(tile.q_BGRCK), tile.k_BGJK) * rule.scale
+def _scores(rule: Rule, tile: Tile) -> tuple[jax.Array, jax.Array | None]:
+    """Scores, HIDDEN where not seen, and the derivative of their cap (None without one)."""
+    logits_BGSJ = rows_dot_rows(_fold(tile.q_BGRCK), tile.k_BGJK) * rule.scale
+    scores_BGSJ, steepness_BGSJ = capped(rule, logits_BGSJ)
     scores_BGRCJ = _unfold(scores_BGSJ, tile)
     if tile.slopes_GR is not None:
         away_B11CJ = distance(tile.queries, tile.keys)[:, None, None]
@@ -112,7 +117,7 @@ def _scores(rule: Rule, tile: Tile) -> jax.Array:
     seen_BCJ = visible(rule, tile.queries, tile.keys)
     if seen_BCJ is not None:
         scores_BGRCJ = jnp.where(seen_BCJ[:, None, None], scores_BGRCJ, HIDDEN)
-    return _fold(scores_BGRCJ)
+    return _fold(scores_BGRCJ), steepness_BGSJ
 
 
 def _fold(x_BGRCK: jax.Array) -> jax.Array:

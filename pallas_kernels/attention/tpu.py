@@ -5,8 +5,9 @@ sum and output in VMEM; for d k and d v it is (key heads, blocks of keys, blocks
 query head that reads them). Blocks that the rule hides by position are not computed, nor fetched.
 Per-query numbers are kept as rows, because a column of one lane is 128 wide in memory.
 
-    s = scale q kT - slope distance;  p = exp(s - lse);  o = p v
-    d p = d o vT;  d s = p (d p - o . d o);  d q = scale d s k;  d k = scale d sT q;  d v = pT d o
+    s = cap(scale q kT) - slope distance;  p = exp(s - lse);  o = p v
+    d p = d o vT;  d s = p (d p - o . d o);  d l = cap' d s;  d q = scale d l k;  d k = scale d lT q
+    d v = pT d o
 
 Source: arXiv:2307.08691 (both passes), arXiv:2112.05682 (memory).
 """
@@ -20,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import compat, lanes
 from pallas_kernels.attention.rule import Places, Rule
+from pallas_kernels.attention.sinks import add_sinks, sink_gradients
 from pallas_kernels.attention.tile import LOWEST
 from pallas_kernels.attention.tpu_layout import (
     Arrays,
@@ -44,7 +46,9 @@ def unfit(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     return lanes.dtype_unfit(q=q, k=k, v=v)
 
 
-def attention_tpu(rule: Rule, q_BTHK, k_BJGK, v_BJGV, slopes_H, queries: Places, keys: Places):
+def attention_tpu(
+    rule: Rule, q_BTHK, k_BJGK, v_BJGV, slopes_H, sinks_H, queries: Places, keys: Places
+):
     """Same as the reference."""
     batch, tokens, heads, size = q_BTHK.shape
     groups = k_BJGK.shape[2]
@@ -52,31 +56,35 @@ def attention_tpu(rule: Rule, q_BTHK, k_BJGK, v_BJGV, slopes_H, queries: Places,
     q_BTGRK = q_BTHK.astype(kind).reshape(batch, tokens, groups, heads // groups, size)
     q_BGRTK = jnp.transpose(q_BTGRK, (0, 2, 3, 1, 4))
     k_BGJK, v_BGJV = (jnp.swapaxes(x.astype(kind), 1, 2) for x in (k_BJGK, v_BJGV))
-    slopes_GR = None if slopes_H is None else slopes_H.astype(jnp.float32).reshape(groups, -1)
-    o_BGRTV = _attention(rule, q_BGRTK, k_BGJK, v_BGJV, slopes_GR, queries, keys)
+    slopes_GR, sinks_GR = (
+        None if x is None else x.astype(jnp.float32).reshape(groups, -1)
+        for x in (slopes_H, sinks_H)
+    )
+    o_BGRTV = _attention(rule, sinks_GR, q_BGRTK, k_BGJK, v_BGJV, slopes_GR, queries, keys)
     o_BTGRV = jnp.transpose(o_BGRTV, (0, 3, 1, 2, 4))
     return o_BTGRV.reshape(batch, tokens, heads, -1).astype(q_BTHK.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(rule, q_BGRTK, k_BGJK, v_BGJV, slopes_GR, queries, keys):
-    o_BGRTV, _ = forward(rule, q_BGRTK, k_BGJK, v_BGJV, slopes_GR, queries, keys)
-    return o_BGRTV.astype(q_BGRTK.dtype)
+def _attention(rule, sinks_GR, q_BGRTK, k_BGJK, v_BGJV, slopes_GR, queries, keys):
+    inputs = (q_BGRTK, k_BGJK, v_BGJV, slopes_GR, queries, keys)
+    return _attention_forward(rule, sinks_GR, *inputs)[0]
 
 
-def _attention_forward(rule, q_BGRTK, *rest):
-    o_BGRTV, lse_BGRT1 = forward(rule, q_BGRTK, *rest)
+def _attention_forward(rule, sinks_GR, q_BGRTK, *rest):
+    o_BGRTV, lse_BGRT1 = add_sinks(*forward(rule, q_BGRTK, *rest), sinks_GR)
     o_BGRTV = o_BGRTV.astype(q_BGRTK.dtype)
-    return o_BGRTV, (q_BGRTK, *rest, o_BGRTV, lse_BGRT1)
+    return o_BGRTV, (sinks_GR, q_BGRTK, *rest, o_BGRTV, lse_BGRT1)
 
 
 def _attention_backward(rule, residuals, d_o_BGRTV):
-    *inputs, o_BGRTV, lse_BGRT1 = residuals
+    sinks_GR, *inputs, o_BGRTV, lse_BGRT1 = residuals
     products = d_o_BGRTV.astype(jnp.float32) * o_BGRTV.astype(jnp.float32)
     dot_BGRT1 = jnp.sum(products, axis=-1, keepdims=True)
     gradients = backward(rule, *inputs, lse_BGRT1, dot_BGRT1, d_o_BGRTV)
     d_q, d_k, d_v = (d.astype(x.dtype) for d, x in zip(gradients[:3], inputs))
-    return d_q, d_k, d_v, gradients[3], None, None
+    d_sinks = sink_gradients(sinks_GR, lse_BGRT1, dot_BGRT1)
+    return d_sinks, d_q, d_k, d_v, gradients[3], None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -141,7 +149,7 @@ def _forward_kernel(plan: Layout, refs: Arrays, o_ref, lse_ref, most_ref, total_
 
     @pl.when(is_seen(plan, i, j))
     def _():
-        tile, _ = scores(plan, refs, i, j)
+        tile = scores(plan, refs, i, j).scores
         before = most_ref[...]
         most = jnp.maximum(before, jnp.max(tile, axis=1, keepdims=True))
         weights, fade = jnp.exp(tile - most), jnp.exp(before - most)
@@ -158,10 +166,13 @@ def _forward_kernel(plan: Layout, refs: Arrays, o_ref, lse_ref, most_ref, total_
 
 
 def _score_gradients(plan: Layout, refs: Arrays, d_o_ref, lse_ref, dot_ref, i, j):
-    tile, distance = scores(plan, refs, i, j)
-    weights = jnp.exp(tile - as_column(lse_ref[...]))
+    """Weights, d scores (behind the cap), d logits (in front of it), and distances."""
+    tile = scores(plan, refs, i, j)
+    weights = jnp.exp(tile.scores - as_column(lse_ref[...]))
     d_weights = rows_dot_rows(d_o_ref[...], refs.v_MJV[...], plan.kind)
-    return weights, weights * (d_weights - as_column(dot_ref[...])), distance
+    d_scores = weights * (d_weights - as_column(dot_ref[...]))
+    d_logits = d_scores if tile.steepness is None else d_scores * tile.steepness
+    return weights, d_scores, d_logits, tile.distance
 
 
 def _query_gradients(plan: Layout, arrays: Arrays, d_o_NTV, lse, dots):
@@ -177,8 +188,10 @@ def _query_gradients(plan: Layout, arrays: Arrays, d_o_NTV, lse, dots):
 
         @pl.when(is_seen(plan, i, j))
         def _():
-            _, d_scores, distance = _score_gradients(plan, refs, d_o_ref, lse_ref, dot_ref, i, j)
-            d_q[...] += plan.rule.scale * dot(d_scores, refs.k_MJK[...], plan.kind)
+            _, d_scores, d_logits, distance = _score_gradients(
+                plan, refs, d_o_ref, lse_ref, dot_ref, i, j
+            )
+            d_q[...] += plan.rule.scale * dot(d_logits, refs.k_MJK[...], plan.kind)
             if refs.slope_N11 is not None and distance is not None:
                 pull = d_scores * distance.astype(jnp.float32)
                 d_slope[...] -= jnp.sum(jnp.sum(pull, axis=1, keepdims=True), axis=0, keepdims=True)
@@ -237,9 +250,9 @@ def _key_gradients(plan: Layout, arrays: Arrays, d_o_NTV, lse, dots):
 
         @pl.when(is_seen(plan, i, j))
         def _():
-            weights, d_scores, _ = _score_gradients(plan, refs, d_o_ref, lse_ref, dot_ref, i, j)
+            weights, _, d_logits, _ = _score_gradients(plan, refs, d_o_ref, lse_ref, dot_ref, i, j)
             d_v[...] += columns_dot_columns(weights, d_o_ref[...], plan.kind)
-            d_k[...] += plan.rule.scale * columns_dot_columns(d_scores, refs.q_NTK[...], plan.kind)
+            d_k[...] += plan.rule.scale * columns_dot_columns(d_logits, refs.q_NTK[...], plan.kind)
 
         @pl.when(step == steps - 1)
         def _():

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention.rule import Rule
+from pallas_kernels.attention.rule import Rule, capped
 from pallas_kernels.attention.tile import HIDDEN
 from pallas_kernels.tile_math import rows_dot_rows
 
@@ -46,6 +46,14 @@ class Layout(NamedTuple):
     keys: int  # without the padding
     kind: Any
     interpreter: Any
+
+
+class Scores(NamedTuple):
+    """Of a tile: HIDDEN where not seen; the derivative of the cap; query minus key position."""
+
+    scores: jax.Array
+    steepness: jax.Array | None
+    distance: jax.Array | None
 
 
 def block_size(most: int, count: int) -> int:
@@ -186,11 +194,12 @@ def is_seen(plan: Layout, i: Any, j: Any) -> Any:
     return seen
 
 
-def scores(plan: Layout, refs: Arrays, i: Any, j: Any) -> tuple[jax.Array, jax.Array | None]:
-    """Scores of a tile, HIDDEN where not seen, and query position minus key position."""
+def scores(plan: Layout, refs: Arrays, i: Any, j: Any) -> Scores:
+    """Scores of block i of queries and block j of keys."""
     rule = plan.rule
     shape = (plan.row, plan.block)
-    scores = rows_dot_rows(refs.q_NTK[...], refs.k_MJK[...], plan.kind) * rule.scale
+    logits = rows_dot_rows(refs.q_NTK[...], refs.k_MJK[...], plan.kind) * rule.scale
+    scores, steepness = capped(rule, logits)
     column = j * plan.block + lax.broadcasted_iota(jnp.int32, shape, 1)
     distance = None
     if refs.query_position is not None and refs.key_position is not None:
@@ -212,4 +221,4 @@ def scores(plan: Layout, refs: Arrays, i: Any, j: Any) -> tuple[jax.Array, jax.A
         seen.append(column < plan.keys)
     for mask in seen:
         scores = jnp.where(mask, scores, HIDDEN)
-    return scores, distance
+    return Scores(scores, steepness, distance)

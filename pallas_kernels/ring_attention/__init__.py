@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, dispatch, validate
-from pallas_kernels.attention.rule import Places
+from pallas_kernels.attention.rule import Places, Rule
 from pallas_kernels.products import accumulation_dtype
 from pallas_kernels.ring_attention.balance import from_zigzag, to_zigzag
 from pallas_kernels.ring_attention.block import Keys, Queries
@@ -41,25 +41,29 @@ def ring_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     bias: Float[Array, "H"] | None = None,
     scale: float | None = None,
+    logit_cap: float | None = None,
+    sinks: Float[Array, "H"] | None = None,
     cache: Cache | None = None,
     impl: str = "auto",
 ) -> Float[Array, "B T H V"]:
     """`pallas_kernels.attention` over a sequence sharded over `axis_name`, in jax.shard_map.
 
-    Device i holds tokens i T to (i + 1) T - 1 of q, k, v and o. Heads, `window`, `bias` and `scale`
-    are as in `attention`. `segment_ids`: of this shard's tokens, numbered over the whole sequence
-    (`context_parallel.document_numbers`); tokens see their own id, and never a negative one.
+    Device i holds tokens i T to (i + 1) T - 1 of q, k, v and o. Heads, `window`, `bias`, `scale`,
+    `logit_cap` and `sinks` are as in `attention`. `segment_ids`: of this shard's tokens, numbered
+    over the whole sequence (`context_parallel.document_numbers`); tokens see their own id, and
+    never a negative one.
     `cache`: keys that lie in front of token 0, the last right before it.
     Memory a device does not grow with the number of devices: keys and values go round the ring, in
     the backward pass with their gradients. Without a window causal work is balanced: each device
     works on an early and a late half shard, which are exchanged on entry and on return; with one,
     the ring ends where no window reaches.
-    Differentiable once, in q, k, v, bias and the cache.
+    Differentiable once, in q, k, v, bias, sinks and the cache.
     Errors: as `attention`; ValueError for an odd T where work is balanced, and for an
     implementation that is not available.
     Source: arXiv:2310.01889; balance arXiv:2311.09431 (striped), here by halves.
     """
-    _check(q, k, v, segment_ids, bias, window, cache)
+    _check(q, k, v, segment_ids, bias, sinks, window, cache)
+    validate.check_positive(OP, logit_cap=logit_cap)
     size, tokens = lax.axis_size(axis_name), q.shape[1]
     zigzag = causal and window is None and size > 1
     if zigzag and tokens % 2:
@@ -67,21 +71,22 @@ def ring_attention(
             f"{OP}: a shard has T={tokens} tokens; causal work is balanced by half shards, so T "
             "must be even"
         )
-    rdma_unfit = partial(unfit, q, k, v, segment_ids, bias, window, cache, causal=causal)
+    given = (segment_ids, bias, cache, logit_cap, sinks)
+    rdma_unfit = partial(unfit, q, k, v, *given, causal=causal, window=window)
     chosen = dispatch.resolve(OP, impl, {"rdma": rdma_unfit})
     steps = size
     if causal and window is not None:
         steps = min(size, 1 + -(-(window - 1) // tokens))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plan = Ring(axis_name, causal, window, float(scale), zigzag, steps)
+    plan = Ring(axis_name, Rule(causal, window, float(scale), None, logit_cap), zigzag, steps)
     with jax.named_scope(f"{OP}_{chosen}"):
-        shard = _shard(plan, q, k, v, segment_ids, bias, cache)
+        shard = _shard(plan, q, k, v, segment_ids, bias, sinks, cache)
         outputs = [_join(o) for o in IMPLEMENTATIONS[chosen](plan, shard)]
         o_BTHV = from_zigzag(outputs[0], outputs[1], axis_name) if zigzag else outputs[0]
     return o_BTHV.astype(q.dtype)
 
 
-def _check(q, k, v, segment_ids, bias, window, cache) -> None:
+def _check(q, k, v, segment_ids, bias, sinks, window, cache) -> None:
     k_cache, v_cache, cache_ids = (None, None, None) if cache is None else cache
     validate.check_axes(
         OP,
@@ -90,11 +95,14 @@ def _check(q, k, v, segment_ids, bias, window, cache) -> None:
         v=(v, "BTGV"),
         segment_ids=(segment_ids, "BT"),
         bias=(bias, "H"),
+        sinks=(sinks, "H"),
         cache_k=(k_cache, "BJGK"),
         cache_v=(v_cache, "BJGV"),
         cache_segment_ids=(cache_ids, "BJ"),
     )
-    validate.check_floating(OP, q=q, k=k, v=v, bias=bias, cache_k=k_cache, cache_v=v_cache)
+    validate.check_floating(
+        OP, q=q, k=k, v=v, bias=bias, sinks=sinks, cache_k=k_cache, cache_v=v_cache
+    )
     validate.check_integer(OP, segment_ids=segment_ids, cache_segment_ids=cache_ids)
     validate.check_tokens(OP, q.shape[1])
     validate.check_at_least_one(OP, window=window)
@@ -106,7 +114,7 @@ def _check(q, k, v, segment_ids, bias, window, cache) -> None:
         )
 
 
-def _shard(plan: Ring, q, k, v, segment_ids, bias, cache) -> Shard:
+def _shard(plan: Ring, q, k, v, segment_ids, bias, sinks, cache) -> Shard:
     tokens, groups = q.shape[1], k.shape[2]
     kind = jnp.result_type(q, k, v)
     arrays = (q.astype(kind), k.astype(kind), v.astype(kind), segment_ids)
@@ -121,14 +129,15 @@ def _shard(plan: Ring, q, k, v, segment_ids, bias, cache) -> Shard:
         places = Places(position_1T, ids)
         queries.append(Queries(_split(q, groups), places))
         keys.append(Keys(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), places))
-    slopes = None
-    if bias is not None:
-        slopes = bias.astype(accumulation_dtype(q)).reshape(groups, -1)
+    by_head = [
+        None if x is None else x.astype(accumulation_dtype(q)).reshape(groups, -1)
+        for x in (bias, sinks)
+    ]
     front = None
     if cache is not None:
         front = _front(cache, kind, segment_ids)
-    slopes, front = compat.vary_like((slopes, front), q)
-    return Shard(tuple(queries), tuple(keys), slopes, front)
+    by_head, front = compat.vary_like((by_head, front), q)
+    return Shard(tuple(queries), tuple(keys), *by_head, front)
 
 
 def _front(cache: Cache, kind, segment_ids) -> Keys:

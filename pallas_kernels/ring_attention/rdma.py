@@ -26,12 +26,12 @@ VMEM_BYTES = 12 * 2**20
 COLLECTIVE = 7  # the barrier that devices meet at
 
 
-def unfit(q, k, v, segment_ids, bias, window, cache, *, causal: bool) -> str | None:
+def unfit(q, k, v, *others, causal: bool, window: int | None) -> str | None:
     """Why the kernel cannot take a call."""
     if not causal or window is not None:
         return "it is causal, without a window"
-    if segment_ids is not None or bias is not None or cache is not None:
-        return "it has no `segment_ids`, `bias` and `cache`"
+    if any(other is not None for other in others):
+        return "it has no `segment_ids`, `bias`, `cache`, `logit_cap` and `sinks`"
     tile = q.size + 3 * (k.size + v.size) + 2 * q.size
     if 4 * tile > VMEM_BYTES:
         return f"a shard needs {4 * tile >> 20} MiB of VMEM; at most {VMEM_BYTES >> 20} are taken"
@@ -151,7 +151,7 @@ def _read(plan, q_ref, keys, o_ref, most_ref, total_ref, query: int, key: int, *
     kind = q_ref.dtype
 
     def one_lane(lane, carry):
-        scores = rows_dot_rows(q_ref[query, lane], k_ref[key, lane], kind) * plan.scale
+        scores = rows_dot_rows(q_ref[query, lane], k_ref[key, lane], kind) * plan.rule.scale
         if diagonal:
             token = lax.rem(
                 lax.broadcasted_iota(jnp.int32, scores.shape, 0), jnp.int32(scores.shape[1])

@@ -13,6 +13,7 @@ from jax import lax
 
 from pallas_kernels import compat
 from pallas_kernels.attention.rule import Rule
+from pallas_kernels.attention.sinks import add_sinks, sink_gradients
 from pallas_kernels.attention.tile import merge
 from pallas_kernels.products import accumulation_dtype
 from pallas_kernels.ring_attention.block import (
@@ -29,13 +30,12 @@ from pallas_kernels.ring_attention.block import (
 class Ring(NamedTuple):
     """What decides the program.
 
-    zigzag: shards are an early and a late half. steps: blocks that a device reads, its own counts.
+    rule: by positions given as arrays. zigzag: shards are an early and a late half. steps: blocks
+    that a device reads, its own counts.
     """
 
     axis_name: str
-    causal: bool
-    window: int | None
-    scale: float
+    rule: Rule
     zigzag: bool
     steps: int
 
@@ -46,6 +46,7 @@ class Shard(NamedTuple):
     queries: tuple[Queries, ...]
     keys: tuple[Keys, ...]
     slopes_GR: jax.Array | None
+    sinks_GR: jax.Array | None
     cache: Keys | None
 
 
@@ -70,15 +71,14 @@ def _rotate(tree: Any, axis_name: str) -> Any:
 
 
 def _all(plan: Ring) -> Rule:
-    return Rule(False, None, plan.scale, None)
+    return plan.rule._replace(causal=False, window=None)
 
 
 def _own_pairs(plan: Ring) -> list[Pair]:
     """Work on the device's own keys."""
-    by_position = Rule(plan.causal, plan.window, plan.scale, None)
     if not plan.zigzag:
-        return [Pair(0, 0, by_position)]
-    return [Pair(0, 0, by_position), Pair(1, 0, _all(plan)), Pair(1, 1, by_position)]
+        return [Pair(0, 0, plan.rule)]
+    return [Pair(0, 0, plan.rule), Pair(1, 0, _all(plan)), Pair(1, 1, plan.rule)]
 
 
 def _where(condition: jax.Array, left: Any, right: Any) -> Any:
@@ -111,7 +111,7 @@ def forward(plan: Ring, shard: Shard):
     for query, key, rule in _own_pairs(plan):
         held[query] = _merge(held[query], attend(rule, slopes, queries[query], shard.keys[key]))
     if shard.cache is not None:
-        rule = Rule(False, plan.window, plan.scale, None)
+        rule = plan.rule._replace(causal=False)
         for index, piece in enumerate(queries):
             held[index] = _merge(held[index], attend(rule, slopes, piece, shard.cache))
 
@@ -122,6 +122,7 @@ def forward(plan: Ring, shard: Shard):
 
     carry: Any = (shard.keys, tuple(held))
     (_, reads), _ = lax.scan(one_step, carry, jnp.arange(1, plan.steps))
+    reads = tuple(Read(*add_sinks(*read, shard.sinks_GR)) for read in reads)
     outputs = tuple(read.o_BGRTV for read in reads)
     kinds = [piece.q_BGRTK.dtype for piece in queries]
     outputs = tuple(o.astype(kind) for o, kind in zip(outputs, kinds))
@@ -131,8 +132,7 @@ def forward(plan: Ring, shard: Shard):
 def _read_block(plan: Ring, shard: Shard, keys, reads, step):
     queries, slopes = shard.queries, shard.slopes_GR
     if not plan.zigzag:
-        rule = Rule(plan.causal, plan.window, plan.scale, None)
-        return (_merge(reads[0], attend(rule, slopes, queries[0], keys[0])),)
+        return (_merge(reads[0], attend(plan.rule, slopes, queries[0], keys[0])),)
     # Late queries see early keys of every device. Of the rest, one quarter is seen in full: early
     # keys of an earlier device by the early queries, or late keys of a later one by the late.
     rule = _all(plan)
@@ -163,6 +163,9 @@ def backward(plan: Ring, residuals, d_outputs):
     d_queries = list(zeros([piece.q_BGRTK for piece in queries]))
     d_keys = list(zeros([piece[:2] for piece in shard.keys]))
     d_slopes = zeros(slopes)
+    d_sinks = None
+    if shard.sinks_GR is not None:
+        d_sinks = sum(sink_gradients(shard.sinks_GR, *cotangent[:2]) for cotangent in cotangents)
     for query, key, rule in _own_pairs(plan):
         part = attend_backward(rule, slopes, queries[query], shard.keys[key], cotangents[query])
         d_queries[query] += part.q_BGRCK
@@ -171,7 +174,7 @@ def backward(plan: Ring, residuals, d_outputs):
     d_cache = None
     if shard.cache is not None:
         d_cache = zeros(shard.cache[:2])
-        rule = Rule(False, plan.window, plan.scale, None)
+        rule = plan.rule._replace(causal=False)
         for index, piece in enumerate(queries):
             part = attend_backward(rule, slopes, piece, shard.cache, cotangents[index])
             d_queries[index] += part.q_BGRCK
@@ -188,15 +191,14 @@ def backward(plan: Ring, residuals, d_outputs):
     carry: Any = (shard.keys, tuple(d_keys), tuple(d_queries), d_slopes)
     (_, d_keys, d_queries, d_slopes), _ = lax.scan(one_step, carry, jnp.arange(1, plan.steps))
     d_keys = _send_home(plan, d_keys)
-    return (_cotangent(shard, d_queries, d_keys, d_slopes, d_cache),)
+    return (_cotangent(shard, d_queries, d_keys, (d_slopes, d_sinks), d_cache),)
 
 
 def _pull_block(plan: Ring, shard: Shard, keys, cotangents, step):
     """Gradients of the keys at hand, of the queries and of the slopes."""
     queries, slopes = shard.queries, shard.slopes_GR
     if not plan.zigzag:
-        rule = Rule(plan.causal, plan.window, plan.scale, None)
-        part = attend_backward(rule, slopes, queries[0], keys[0], cotangents[0])
+        part = attend_backward(plan.rule, slopes, queries[0], keys[0], cotangents[0])
         return ((part.k_BGJK, part.v_BGJV),), (part.q_BGRCK,), part.slopes_GR
     rule = _all(plan)
     cross = attend_backward(rule, slopes, queries[1], keys[0], cotangents[1])
@@ -224,7 +226,7 @@ def _send_home(plan: Ring, tree: Any) -> Any:
     return jax.tree.map(lambda x: lax.ppermute(x, plan.axis_name, pairs), tree)
 
 
-def _cotangent(shard: Shard, d_queries, d_keys, d_slopes, d_cache) -> Shard:
+def _cotangent(shard: Shard, d_queries, d_keys, d_by_head, d_cache) -> Shard:
     def keys(held: Keys, d: tuple[jax.Array, jax.Array]) -> Any:
         return Keys(d[0].astype(held.k_BGJK.dtype), d[1].astype(held.v_BGJV.dtype), None)  # type: ignore[arg-type]
 
@@ -234,7 +236,7 @@ def _cotangent(shard: Shard, d_queries, d_keys, d_slopes, d_cache) -> Shard:
             for d, piece in zip(d_queries, shard.queries)
         ),
         tuple(keys(piece, d) for piece, d in zip(shard.keys, d_keys)),
-        None if shard.slopes_GR is None else d_slopes.astype(shard.slopes_GR.dtype),
+        *d_by_head,
         None if shard.cache is None else keys(shard.cache, d_cache),
     )
 

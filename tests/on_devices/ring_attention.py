@@ -38,6 +38,7 @@ def draw(tokens=TOKENS):
         "k": normal((BATCH, tokens, GROUPS, KEY)),
         "v": normal((BATCH, tokens, GROUPS, VALUE)),
         "bias": np.array([0.1, 0.2, 0.3, 0.4]),
+        "sinks": np.array([0.5, -1.0, 2.0, 0.0]),
         "early_k": normal((BATCH, EARLIER, GROUPS, KEY)),
         "early_v": normal((BATCH, EARLIER, GROUPS, VALUE)),
     }
@@ -52,16 +53,16 @@ def documents():
     return jnp.asarray(own), jnp.asarray(cache)
 
 
-def on_a_ring(mesh, cached, ids, check_vma=True, **rule):
+def on_a_ring(mesh, cached, ids, check_vma=True, sinks=False, **rule):
     specs = {name: SHARDED if name in "qkv" else P() for name in draw()}
     own, early = ids
 
     def local(args, own):
         cache = Cache(args["early_k"], args["early_v"], early) if cached else None
-        qkv = (args[name] for name in "qkv")
-        return ring_attention(
-            *qkv, axis_name="context", segment_ids=own, bias=args["bias"], cache=cache, **rule
-        )
+        qkv, by_head = (args[name] for name in "qkv"), rule | {"bias": args["bias"]}
+        if sinks:
+            by_head["sinks"] = args["sinks"]
+        return ring_attention(*qkv, axis_name="context", segment_ids=own, cache=cache, **by_head)
 
     def call(args):
         return jax.shard_map(
@@ -75,7 +76,7 @@ def on_a_ring(mesh, cached, ids, check_vma=True, **rule):
     return call
 
 
-def on_one_device(cached, ids, **rule):
+def on_one_device(cached, ids, sinks=False, **rule):
     def call(args):
         k, v, own = args["k"], args["v"], ids[0]
         if cached:
@@ -84,9 +85,8 @@ def on_one_device(cached, ids, **rule):
         pair = None
         if own is not None:
             pair = (own, jnp.concatenate([ids[1], own], axis=1) if cached else own)
-        return attention(
-            args["q"], k, v, segment_ids=pair, bias=args["bias"], impl="reference", **rule
-        )
+        by_head = rule | {"bias": args["bias"], "sinks": args["sinks"] if sinks else None}
+        return attention(args["q"], k, v, segment_ids=pair, impl="reference", **by_head)
 
     return call
 
@@ -114,6 +114,9 @@ CASES = {
     "window-of-neighbours-cache": (4, True, False, {"window": 5}),
     "window-of-two-shards-documents": (4, True, True, {"window": 9}),
     "one-device": (1, True, True, {}),
+    "causal-cap-sinks-documents-cache": (4, True, True, {"logit_cap": 0.7, "sinks": True}),
+    "window-cap-sinks": (4, False, False, {"logit_cap": 0.7, "sinks": True, "window": 5}),
+    "one-device-cap-sinks": (1, False, False, {"logit_cap": 0.7, "sinks": True}),
 }
 
 
@@ -226,5 +229,8 @@ def test_remote_copies_are_refused_where_the_kernel_cannot_do_the_call():
     args = draw()
     with dispatch.target("tpu"), pytest.raises(ValueError, match="'rdma' cannot run.*no `segment"):
         rdma(args, bias=args["bias"])
+    for more in ({"sinks": args["sinks"]}, {"logit_cap": 5.0}):
+        with dispatch.target("tpu"), pytest.raises(ValueError, match="'rdma' cannot.*and `sinks`"):
+            rdma(args, **more)
     with pytest.raises(ValueError, match="'rdma' is not available on cpu"):
         rdma(args)

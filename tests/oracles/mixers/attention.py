@@ -25,11 +25,15 @@ def attention(params, config, x_BTD, reset_BT):
             for h in range(config.heads):
                 g = h * groups // config.heads
                 scores = np.array([k[g] @ q_HK[h] for k in keys]) / np.sqrt(q_HK.shape[-1])
+                if config.logit_cap is not None:
+                    scores = config.logit_cap * np.tanh(scores / config.logit_cap)
                 if config.position.kind == "alibi":  # four heads: slopes 1/4, 1/16, 1/64, 1/256
                     scores -= 4.0 ** -(h + 1) * np.arange(len(keys))[::-1]
+                if config.sinks:  # one more logit, whose weight is dropped behind the softmax
+                    scores = np.append(scores, params["sinks"][h])
                 weights = np.exp(scores - scores.max())
                 weights /= weights.sum()
-                heads.append(sum(w * v[g] for w, v in zip(weights, values)))
+                heads.append(sum(w * v[g] for w, v in zip(weights[: len(values)], values)))
             out_BTD[lane, t] = params["out"]["weight"] @ np.concatenate(heads)
             position += 1
     return out_BTD
