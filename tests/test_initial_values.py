@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.mixers import GLA, MLSTM, RGLRU, TTTMLP, GatedDeltaNet, Mamba, Mamba2, TTTLinear
+from memjax.mixers import (
+    GLA,
+    MLSTM,
+    RGLRU,
+    TTTMLP,
+    Attention,
+    GatedDeltaNet,
+    Mamba,
+    Mamba2,
+    TTTLinear,
+)
 from memjax.stack import make_mixer
 
 WIDTH = 256
@@ -81,3 +91,8 @@ def test_ttt_starts_with_half_its_base_rate_over_the_head_size(config, base):
     for weight in mixer.initial_memory():
         if np.any(weight):
             np.testing.assert_allclose(np.std(weight), 0.02, rtol=0.03)
+
+
+def test_sinks_of_attention_start_near_0_as_in_the_released_code_of_gpt_oss():
+    sinks_H = made(Attention(heads=128, sinks=True)).sinks[...]
+    np.testing.assert_allclose([sinks_H.mean(), sinks_H.std()], [0, 0.02], atol=0.006)
