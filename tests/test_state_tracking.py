@@ -64,3 +64,22 @@ def test_a_key_written_twice_holds_the_last_value_in_a_delta_rule_and_their_sum_
     np.testing.assert_allclose(
         added[0, 0, :2], jnp.stack([v[0, 0, 0] + v[0, 2, 0], v[0, 1, 0]]), rtol=1e-6
     )
+
+
+def test_a_linear_memory_of_4_channels_recalls_8_pairs_though_no_8_keys_are_orthogonal_in_it():
+    """q . k is largest for the key asked: with values side by side, its value has the largest sum.
+
+    So a state of 4 by 16 is no limit for the recall that experiments/backbones trains.
+    """
+    rng = np.random.default_rng(0)
+    keys_PK = rng.standard_normal((100, 8, 4))
+    keys_PK /= np.linalg.norm(keys_PK, axis=-1, keepdims=True)
+    values_P8 = rng.permuted(np.tile(np.arange(16), (100, 1)), axis=1)[:, :8]
+    k_BTHK = jnp.asarray(keys_PK, jnp.float32)[:, :, None]
+    v_BTHV = jax.nn.one_hot(jnp.asarray(values_P8), 16)[:, :, None]
+    _, memory_BHKV = linear_attention(k_BTHK, k_BTHK, v_BTHV)
+    asked_BTHV, kept_BHKV = linear_attention(
+        k_BTHK[:, ::-1], jnp.zeros_like(k_BTHK), jnp.zeros_like(v_BTHV), None, memory_BHKV
+    )
+    np.testing.assert_array_equal(kept_BHKV, memory_BHKV)
+    np.testing.assert_array_equal(jnp.argmax(asked_BTHV[:, ::-1, 0], -1), values_P8)

@@ -1,4 +1,5 @@
 """Recall and state tracking, small: python experiments/backbones/probes.py [--only NAME ...]
+    [--probe mqar|parity] [--learning-rate RATE] [--steps COUNT]
 
 Trains what `probes.json` beside this file lacks and adds it there, a line of progress each; prints
 the table of what is there. Ctrl-C loses only the probe that runs.
@@ -10,8 +11,7 @@ half of training, then 2 pairs or 8, on which it is tested. Answers are one of 1
 of the time.
 Parity: two blocks (mixer, SwiGLU), d = 64, trained on rows of 32 bits, tested at 32 and at 256,
 whose last quarter is scored by itself too; chance is 0.5. Delta rules have no convolution here.
-Where the size of a memory can be chosen it is one head with keys of 4 and values of 16: 2 pairs
-must fit, 8 must not.
+Where the size of a memory can be chosen it is one head with keys of 4 and values of 16.
 """
 
 import argparse
@@ -52,7 +52,7 @@ from memjax.mixers.deep_memory import DeepMemory
 from memjax.model import LanguageModel, Model, merge, split
 
 RESULTS = Path(__file__).parent / "probes.json"
-WIDTH, BATCH, STEPS, WARMUP, TOGETHER, TESTED = 64, 32, 800, 30, 100, 512
+WIDTH, BATCH, WARMUP, TOGETHER, TESTED = 64, 32, 30, 100, 512
 FEW, MIDDLE, MANY = (MQAR(pairs=pairs, vocab=32) for pairs in (2, 4, 8))
 PARITY = Parity()
 SHORT, LONG = 32, 256  # lengths of rows
@@ -92,8 +92,8 @@ def join(*parts: Rows) -> Rows:
     return Rows(*(np.concatenate(arrays, 1) for arrays in zip(*parts)))
 
 
-def training_rows(probe: str, first: int) -> Rows:
-    """Batches for `TOGETHER` steps, [step, row, symbol]."""
+def training_rows(probe: str, first: int, steps: int) -> Rows:
+    """Batches for `TOGETHER` of all steps, from `first` on: [step, row, symbol]."""
 
     def batches(task: Task, rows: int, kind: int) -> Rows:
         drawn = draw(task, TOGETHER * rows, SHORT, (first, kind))
@@ -101,12 +101,12 @@ def training_rows(probe: str, first: int) -> Rows:
 
     if probe == "parity":
         return batches(PARITY, BATCH, 0)
-    if first < STEPS // 2:
+    if first < steps // 2:
         return batches(MIDDLE, BATCH, 1)
     return join(batches(FEW, BATCH // 2, 2), batches(MANY, BATCH // 2, 3))
 
 
-def measure(config: MixerConfig, probe: str, learning_rate: float) -> dict:
+def measure(config: MixerConfig, probe: str, learning_rate: float, steps: int) -> dict:
     """Train on one kind of rows; accuracy on others never seen."""
     begin, parity = time.process_time(), probe == "parity"
     if parity and isinstance(config, DeltaNet | GatedDeltaNet):
@@ -122,7 +122,7 @@ def measure(config: MixerConfig, probe: str, learning_rate: float) -> dict:
     vocab = PARITY.vocab_size if parity else FEW.vocab_size
     definition, params = split(LanguageModel(model, vocab, rngs=nnx.Rngs(0)))
     schedule = optax.warmup_cosine_decay_schedule(
-        0, learning_rate, WARMUP, STEPS, learning_rate / 10
+        0, learning_rate, WARMUP, steps, learning_rate / 10
     )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.0)
@@ -146,8 +146,8 @@ def measure(config: MixerConfig, probe: str, learning_rate: float) -> dict:
         return params, state, losses
 
     state, curve = optimizer.init(params), []
-    for first in range(0, STEPS, TOGETHER):
-        params, state, losses = train(params, state, training_rows(probe, first))
+    for first in range(0, steps, TOGETHER):
+        params, state, losses = train(params, state, training_rows(probe, first, steps))
         curve.append(round(float(losses[-20:].mean()), 3))
     answer = jax.jit(lambda params, rows: answers(params, rows)[1])
 
@@ -175,7 +175,7 @@ def read() -> dict:
 
 
 def table(results: dict) -> str:
-    """The better of the learning rates tried, by the last training loss."""
+    """The best of the learning rates and numbers of steps tried, by the last training loss."""
     columns = {"mqar": ("2 pairs", "8 pairs"), "parity": ("32", "256", "last 64 of 256")}
     names = ["mixer"]
     for probe, tests in columns.items():
@@ -201,13 +201,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--probe", nargs="+", default=["mqar", "parity"])
     parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--steps", type=int, default=800, help=f"a multiple of {TOGETHER}")
     args = parser.parse_args()
     for variant in args.only:
         for probe in args.probe:
             tries = read().get(variant, {}).get(probe, [])
-            if any(found["learning_rate"] == args.learning_rate for found in tries):
+            done = [(found["learning_rate"], TOGETHER * len(found["losses"])) for found in tries]
+            if (args.learning_rate, args.steps) in done:
                 continue
-            found = measure(VARIANTS[variant], probe, args.learning_rate)
+            found = measure(VARIANTS[variant], probe, args.learning_rate, args.steps)
             results = read()
             results.setdefault(variant, {}).setdefault(probe, []).append(found)
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

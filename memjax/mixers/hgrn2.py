@@ -63,7 +63,9 @@ class HGRN2Mixer(SequenceMixer):
     layer and below 1 for the last (`couple`).
     State: the memory, float32 [B, H, K, V], K = V = expand, zero at the start of a document.
     Source: arXiv:2404.07904, Eqs. 4 to 6; bounds of arXiv:2311.04823, Eq. 5.
-    Paper: f = forget, gamma = bound, o = q.
+    Paper: f = forget, gamma = bound, o = q. Activations differ among public layers: here as in
+    flash-linear-attention; the layer that the authors released has SiLU on v, a sigmoid on q unless
+    told otherwise, LayerNorm for RMSNorm, and biases.
     """
 
     splits_tokens = True
