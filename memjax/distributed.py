@@ -3,12 +3,16 @@
 Each process runs the same command; `connect` finds the others, before JAX is used. From then on a
 `Watch` tells the others each second how far this process is, and ends this process, with one line
 and status 76, when another has been silent for too long. If the first process is gone, JAX itself
-ends the others at once (SIGABRT, 134 in a shell). A launcher restarts all processes on both.
+aborts the others at once; `explain_abort` turns that into the same line and status. A launcher
+restarts all processes on it.
 """
 
+import ctypes
 import dataclasses
 import json
 import os
+import signal
+import socket
 import statistics
 import sys
 import threading
@@ -130,6 +134,8 @@ def connect(processes: Processes) -> "Watch | None":
         processes.lost_after,
     )
     watch.start()
+    if jax.process_index() > 0:
+        explain_abort(distributed.global_state.coordinator_address, jax.process_count())
     return watch
 
 
@@ -272,6 +278,41 @@ def end(line: str) -> None:
     """End this process now, with this line: its other threads wait for a process that is gone."""
     print(f"memjax: error: {line}", file=sys.stderr, flush=True)
     os._exit(LOST)
+
+
+def explain_abort(coordinator: str, count: int) -> None:
+    """If JAX aborts this process because process 0 is gone, end it as `Watch` would have.
+
+    JAX's client takes no other callback from Python, and its thread aborts as soon as the
+    connection breaks. Any other abort stays what it is.
+    """
+
+    def aborted(_: int) -> None:
+        if not answers(coordinator):
+            end(
+                f"process 0 of {count} was lost ({coordinator} does not answer); start all "
+                "processes again to go on from the last checkpoint"
+            )
+
+    handler = _Handler(aborted)
+    _HANDLERS.append(handler)  # C holds no reference
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, _Handler], ctypes.c_void_p
+    libc.signal(signal.SIGABRT, handler)
+
+
+_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_HANDLERS: list[Any] = []
+
+
+def answers(address: str, seconds: float = 3.0) -> bool:
+    """Whether something listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), seconds):
+            return True
+    except OSError:
+        return False
 
 
 def leave(status: int) -> None:

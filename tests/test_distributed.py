@@ -179,7 +179,7 @@ def test_processes_that_share_rows_read_the_same_ones(axis, texts, environment, 
 def test_four_processes_go_on_from_two_and_the_loss_of_any_ends_all(
     victim, texts, environment, tmp_path
 ):
-    """If process 0 is gone, JAX ends the others by SIGABRT."""
+    """If process 0 is gone, JAX aborts the others."""
     workdir = tmp_path / "run"
     assert Run(workdir, texts, environment, count=2, steps=4).statuses() == [0, 0]
     run = Run(workdir, texts, environment, count=4)
@@ -188,7 +188,50 @@ def test_four_processes_go_on_from_two_and_the_loss_of_any_ends_all(
     run.processes[victim].kill()
     statuses = run.statuses()
     assert statuses.pop(victim) == -signal.SIGKILL
-    assert set(statuses) <= ({76} if victim else {76, -signal.SIGABRT}), statuses
+    assert set(statuses) == {76}, statuses
+    for index in {*range(4)} - {victim}:
+        assert f"process {victim} of 4 was lost" in run.shown(index)
+
+
+JOINED = """
+import os, sys, time
+from memjax.distributed import Processes, connect
+index = int(sys.argv[2])
+connect(Processes(coordinator=sys.argv[1], count=2, index=index, lost_after=60))
+print("joined", flush=True)
+if index == 0:
+    sys.stdin.readline()
+    os._exit(1)
+if sys.argv[3] == "itself":
+    os.abort()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("cause", "status"), [("coordinator", 76), ("itself", -signal.SIGABRT)])
+def test_an_abort_is_explained_if_process_0_is_gone(cause, status, environment):
+    where = f"127.0.0.1:{free_port()}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED, where, str(index), cause],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for process in both:
+        assert process.stdout.readline() == "joined\n"
+    if cause == "coordinator":
+        both[0].stdin.write("\n")
+        both[0].stdin.flush()
+    _, shown = both[1].communicate(timeout=50)
+    both[0].kill()
+    both[0].communicate()
+    assert both[1].returncode == status, shown
+    assert (f"process 0 of 2 was lost ({where} does not answer)" in shown) == (status == 76)
 
 
 class Store:
