@@ -37,8 +37,10 @@ PLATFORM = MappingProxyType(
     {"tpu": "tpu", "splash": "tpu", "rdma": "tpu", "gpu": "gpu", "cudnn": "gpu"}
 )
 
-# What "auto" tries before "xla". On a GPU the kernels run when named: none has been timed yet.
-PREFERRED: Mapping[str, tuple[str, ...]] = MappingProxyType({"tpu": ("tpu",)})
+# What "auto" tries before "xla": what was faster, or on a TPU is expected to be.
+PREFERRED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"tpu": ("tpu",), "gpu": ("gpu", "cudnn")}
+)
 
 Unfit = Mapping[str, Callable[[], str | None]]
 """For an implementation, why it cannot take the arguments of a call; None where it can."""

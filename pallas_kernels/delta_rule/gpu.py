@@ -1,7 +1,11 @@
-"""The gated delta rule on a Hopper GPU: forward by `chunk_step_gpu`, backward in plain JAX.
+"""The gated delta rule on a Hopper GPU, forward and backward.
 
-The triangular systems of all chunks are solved in plain JAX, in float32; the kernel runs the chunks
-in order: d = U - W S with U = T beta v and W = T beta exp(G) k.
+Forward: `gpu_solve` (U, W of all chunks at once), `gpu_walk` (D and the states, in order),
+`gpu_tokens` (outputs, all at once). The backward pass computes these again, then walks backward for
+dD and the cotangents R of the states, and makes all else of all chunks at once:
+
+    dQ = tokens of (dO, D, K; S)     dW = -dD ST     dK = tokens of (D, dO, Q; R), backward
+    dU = dD                          and what `gpu_solve` gives for dU and dW
 """
 
 from functools import partial
@@ -9,70 +13,91 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunk_step_gpu, dispatch, lanes, tile_math
-from pallas_kernels.delta_rule.chunked import delta_rule_chunked
-from pallas_kernels.linear_attention.tpu import fold_decay
+from pallas_kernels import dispatch, lanes
+from pallas_kernels.chunk_gates_gpu import decay_gradient, flat, gates_of, heads_of, row_products
+from pallas_kernels.delta_rule.gpu_solve import solve, solve_gradient
+from pallas_kernels.delta_rule.gpu_tokens import tokens_of
+from pallas_kernels.delta_rule.gpu_walk import walk
+from pallas_kernels.warpgroup_gpu import CHUNK
+
+ANCHOR = 8  # chunks; sums of the decay's gradient start anew behind so many
 
 
 def delta_rule_gpu(q, k, v, beta, log_decay, initial_state, reset, *, scale, chunk):
     """Same as the reference; see `pallas_kernels.delta_rule` for shapes.
 
-    The backward pass differentiates the chunked form in plain JAX, which it computes once more.
-    Unlike there, U, W, d and the states that are read are rounded to bfloat16.
+    Unlike in plain JAX, U, W, D and the states that are read are rounded to bfloat16. Chunks are of
+    64 tokens, whatever `chunk` is.
     """
-    return _delta_rule((float(scale), chunk), q, k, v, beta, log_decay, initial_state, reset)
-
-
-def _solve(k_CK, v_CV, beta_1C, decay):
-    """U and W of one tile."""
-    beta_C1 = tile_math.as_column(beta_1C)
-    i, j = tile_math.places(k_CK.shape[0])
-    overlap_CC = tile_math.decayed_products(k_CK, k_CK, decay, jnp.float32)
-    solve_CC = tile_math.unit_lower_inverse(beta_C1 * jnp.where(i > j, overlap_CC, 0))
-    u_CV = tile_math.dot(solve_CC, beta_C1 * v_CV)
-    w_CK = tile_math.dot(solve_CC, beta_C1 * tile_math.enter(decay) * k_CK)
-    return u_CV, w_CK
+    del chunk
+    return _delta_rule(float(scale), q, k, v, beta, log_decay, initial_state, reset)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _delta_rule(settings, q, k, v, beta, log_decay, initial_state, reset):
-    scale, chunk = settings
+def _delta_rule(scale, *inputs):
+    return _forward(scale, *inputs)[0]
+
+
+def _states(k_BTF, v_BTF, gates, state, settings):
+    u, w, solved = solve(k_BTF, v_BTF, gates, **settings)
+    d, states, last = walk([k_BTF, w], u, gates, state, scale=1.0, reverse=False, **settings)
+    return u, w, solved, d, states, last
+
+
+def _forward(scale, q, k, v, beta, log_decay, initial_state, reset):
     batch, tokens, heads, key_size = q.shape
-    q_NLK, k_NLK, v_NLV = (lanes.fold(x, chunk) for x in (q, k, v))
-    documents = None if reset is None else lanes.documents(reset, chunk)
-    shape = (batch * heads, q_NLK.shape[1] // chunk)
-    decay = chunk_step_gpu.decay_of(fold_decay(log_decay, chunk), documents, shape)
-    k_tiles, v_tiles = (chunk_step_gpu.in_chunks(x.astype(jnp.float32)) for x in (k_NLK, v_NLV))
-    solve = jax.vmap(jax.vmap(_solve))
-    u, w = solve(k_tiles, v_tiles, lanes.fold_rows(beta, chunk), decay)
+    q_, k_, v_ = (flat(x) for x in (q, k, v))
+    gates = gates_of(log_decay, reset, batch, heads, q_.shape[1], beta=beta)
     state = lanes.fold_state(initial_state, batch, heads, key_size, v.shape[-1], like=q)
-    o_NLV, state = chunk_step_gpu.chunk_steps(
-        q_NLK,
-        k_NLK,
-        u.reshape(v_NLV.shape).astype(jnp.bfloat16),
-        w.reshape(k_NLK.shape).astype(jnp.bfloat16),
-        chunk_step_gpu.gates_of(decay),
-        state,
-        scale=scale,
-        interpreter=dispatch.current_target().interpreter,
+    settings = {"heads": heads, "interpreter": dispatch.current_target().interpreter}
+    *_, d, states, last = _states(k_, v_, gates, state, settings)
+    (o,) = tokens_of(q_, k_, d, states, gates, scale=scale, state_scale=scale, **settings)
+    o = heads_of(o, heads, tokens)
+    residuals = (q, k, v, beta, log_decay, initial_state, reset, gates, o)
+    return (o, last.reshape(batch, heads, key_size, -1)), residuals
+
+
+def _backward(scale, residuals, cotangents):
+    q, k, v, beta, log_decay, initial_state, reset, gates, o = residuals
+    d_o, d_last = cotangents
+    batch, tokens, heads, key_size = q.shape
+    q_, k_, v_, d_o_ = (flat(x) for x in (q, k, v, d_o.astype(jnp.bfloat16)))
+    state = lanes.fold_state(initial_state, batch, heads, key_size, v.shape[-1], like=q)
+    settings = {"heads": heads, "interpreter": dispatch.current_target().interpreter}
+    u, w, solved, d, states, last = _states(k_, v_, gates, state, settings)
+    d_last = d_last.astype(jnp.float32).reshape(state.shape)
+    less, behind, d_state = walk(
+        [q_, k_, w], d_o_, gates, d_last, scale=scale, reverse=True, **settings
     )
-    state_BHKV = state.reshape(batch, heads, key_size, -1)
-    return lanes.unfold(o_NLV, batch, tokens).astype(q.dtype), state_BHKV
+    across = partial(tokens_of, gates_NMGC=gates, scale=scale, across=True, **settings)
+    d_q, d_w = across(d_o_, d, k_, states, state_scale=scale, extra_BTF=less)
+    (d_k,) = across(d, d_o_, q_, behind, state_scale=1.0, reverse=True)
+    d_k_more, d_v, numbers = solve_gradient(k_, v_, u, w, solved, less, d_w, gates, **settings)
+    d_k = (d_k.astype(jnp.float32) + d_k_more.astype(jnp.float32)).astype(jnp.bfloat16)
+    d_q, d_k, d_v, d_, less_ = (heads_of(x, heads, tokens) for x in (d_q, d_k, d_v, d, less))
+
+    numbers = jnp.moveaxis(numbers, 2, 0).reshape(2, batch, heads, -1)[..., :tokens]
+    d_beta, d_gate = jnp.swapaxes(numbers, 2, 3)
+    d_log_decay = d_initial = None
+    if log_decay is not None:
+        d_gate = d_gate + row_products(d_o, o) + row_products(d_, less_)
+        ahead = _ahead(states, last, behind).reshape(batch, heads, -1)
+        d_log_decay = decay_gradient(d_gate, log_decay, reset, ahead)
+    if initial_state is not None:
+        d_initial = d_state.reshape(initial_state.shape).astype(initial_state.dtype)
+    return d_q, d_k, d_v, d_beta.astype(beta.dtype), d_log_decay, d_initial, None
 
 
-def _forward(settings, *inputs):
-    return _delta_rule(settings, *inputs), inputs
-
-
-def _backward(settings, inputs, cotangents):
-    *floating, reset = inputs
-    scale, chunk = settings
-
-    def again(*floating):
-        return delta_rule_chunked(*floating, reset, scale=scale, chunk=chunk)
-
-    _, pull = jax.vjp(again, *floating)
-    return *pull(cotangents), None
+def _ahead(states_NMKV, last_NKV, behind_NMKV):
+    """The product of the state behind each group of chunks with its cotangent, `[N, groups]`."""
+    chunks = states_NMKV.shape[1]
+    groups = -(-chunks // ANCHOR)
+    per_group = -(-chunks // groups)
+    groups = -(-chunks // per_group)
+    ends = [min((n + 1) * per_group, chunks) for n in range(groups)]
+    states = jnp.stack([states_NMKV[:, n] for n in ends[:-1]] + [last_NKV], 1)
+    behind = jnp.stack([behind_NMKV[:, n - 1] for n in ends], 1)
+    return jnp.sum(states.astype(jnp.float32) * behind.astype(jnp.float32), (-1, -2))
 
 
 _delta_rule.defvjp(_forward, _backward)

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import chunk_step_gpu, dispatch, validate
+from pallas_kernels import dispatch, validate
 from pallas_kernels.linear_attention.chunked import linear_attention_chunked
 from pallas_kernels.linear_attention.gpu import linear_attention_gpu
+from pallas_kernels.linear_attention.gpu import unfit as gpu_unfit
 from pallas_kernels.linear_attention.reference import linear_attention_reference
 from pallas_kernels.linear_attention.tpu import linear_attention_tpu
 from pallas_kernels.linear_attention.tpu import unfit as tpu_unfit
@@ -70,11 +71,11 @@ def linear_attention(
     per_channel = log_decay is not None and log_decay.ndim == 4
     unfit = {
         "tpu": lambda: tpu_unfit(q, k, v, chunk=chunk),
-        "gpu": lambda: chunk_step_gpu.unfit(q, k, v, log_decay, chunk=chunk),
+        "gpu": lambda: gpu_unfit(q, k, v, log_decay, scale=scale),
     }
     chosen = dispatch.resolve(OP, impl, unfit)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.shape[2] < v.shape[2] and (chosen != "xla" or per_channel):
+    if q.shape[2] < v.shape[2] and (chosen not in ("xla", "gpu") or per_channel):
         q, k = (jnp.repeat(x, v.shape[2] // x.shape[2], 2) for x in (q, k))
     with jax.named_scope(f"{OP}_{chosen}"):
         return IMPLEMENTATIONS[chosen](

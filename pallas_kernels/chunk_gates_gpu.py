@@ -1,0 +1,105 @@
+"""Numbers of tokens that the kernels for a Hopper GPU read, and the gradient of the decay."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import lanes, tile_math
+from pallas_kernels.warpgroup_gpu import CHUNK, SIZES
+
+# A decay below exp(-30) ends a sum of gradients as a reset does: what crosses it is under 1e-13.
+ENDS = -30.0
+
+
+def unfit(q, k, v, log_decay) -> str | None:
+    """Why the kernels cannot take a call."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != jnp.bfloat16:
+            return f"{name} has dtype {x.dtype}; it must be bfloat16"
+    for name, x in (("K", q), ("V", v)):
+        if x.shape[-1] not in SIZES:
+            return f"{name}={x.shape[-1]} must be one of {SIZES}"
+    if log_decay is not None and log_decay.ndim == 4:
+        return "log_decay must be None or one a head"
+    return None
+
+
+def flat(x_BTHK: jax.Array) -> jax.Array:
+    """`[B, T, H, K]` to `[B, L, H K]` of whole chunks."""
+    x_BLHK = lanes.pad_tokens(x_BTHK, CHUNK)
+    return x_BLHK.reshape(*x_BLHK.shape[:2], -1)
+
+
+def heads_of(x_BLF: jax.Array, heads: int, tokens: int) -> jax.Array:
+    """`[B, L, H K]` to `[B, T, H, K]`."""
+    return x_BLF.reshape(*x_BLF.shape[:2], heads, -1)[:, :tokens]
+
+
+def row_products(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), -1)
+
+
+def gates_of(
+    log_decay, reset, batch: int, heads: int, tokens: int, *, beta=None
+) -> jax.Array | None:
+    """Of every chunk of every lane `[N, M, 5, C]`, float32: coarse, fine, document, enter, leave.
+
+    pair_ij = exp((coarse_i - coarse_j) + (fine_i - fine_j)) in a document. With `beta` it is a
+    sixth row. None without any.
+    """
+    if log_decay is None and reset is None and beta is None:
+        return None
+    shape = (batch, heads, tokens // CHUNK, CHUNK)
+    rows = document = jnp.zeros(shape, jnp.float32)
+    if log_decay is not None:
+        rows = lanes.fold_rows(log_decay, CHUNK).reshape(shape)
+    if reset is not None:
+        document = jnp.broadcast_to(lanes.documents(reset, CHUNK)[:, None, :, 0], shape)
+
+    def one_chunk(row_C, document_C):
+        decay = tile_math.decay_of(row_C[None], document_C[None], CHUNK)
+        columns = [decay.coarse_CK, decay.fine_CK, decay.document_C1]
+        columns += [tile_math.enter(decay), tile_math.leave(decay)]
+        return jnp.concatenate(columns, 1).T
+
+    gates = jnp.vectorize(one_chunk, signature="(c),(c)->(g,c)")(rows, document)
+    gates = gates.reshape(batch * heads, -1, 5, CHUNK)
+    if beta is None:
+        return gates
+    return jnp.concatenate([gates, lanes.fold_rows(beta, CHUNK)], 2)
+
+
+def decay_gradient(differences_BTH, log_decay_BTH, reset, ahead_BHS) -> jax.Array:
+    """dg_t = sum of (q_i . dq_i - k_i . dk_i) for i >= t, up to the next token that ends sums.
+
+    The sums start anew behind each segment, from `ahead`, the product of the state there with its
+    cotangent: errors of rounding do not gather over the sequence.
+    """
+    batch, tokens, heads = differences_BTH.shape
+    segments = ahead_BHS.shape[2]
+    chunks = -(-tokens // CHUNK)
+    per_segment = -(-chunks // segments)
+    length = segments * per_segment * CHUNK
+    shape = (batch, heads, segments, per_segment, CHUNK)
+
+    def in_chunks(x_BTH):
+        x_BLH = jnp.pad(x_BTH, ((0, 0), (0, length - tokens), (0, 0)))
+        return jnp.moveaxis(x_BLH, 2, 1).reshape(shape)
+
+    ends_BTH = log_decay_BTH < ENDS
+    if reset is not None:
+        ends_BTH = ends_BTH | reset[..., None]
+    terms, ends = in_chunks(differences_BTH), in_chunks(ends_BTH.astype(jnp.float32))
+    count = jnp.cumsum(ends, -1)  # of ends in the chunk, up to each token
+    t, i = jnp.arange(CHUNK)[:, None], jnp.arange(CHUNK)[None, :]
+    near = (i >= t) & (count[..., None, :] == count[..., :, None])
+    inside = jnp.sum(jnp.where(near, terms[..., None, :], 0), -1)
+    head = jnp.sum(jnp.where(count == 0, terms, 0), -1)  # of a chunk, before its first end
+    total = count[..., -1]
+    before = jnp.cumsum(total, -1)  # of ends in the segment, up to each chunk
+    chunk, later = jnp.arange(per_segment)[:, None], jnp.arange(per_segment)[None, :]
+    open_ = (before - total)[..., None, :] == before[..., :, None]
+    behind = jnp.sum(jnp.where((later > chunk) & open_, head[..., None, :], 0), -1)
+    behind = behind + jnp.where(before == before[..., -1:], ahead_BHS[..., None], 0)
+    sums = inside + jnp.where(count == total[..., None], behind[..., None], 0)
+    d_BHL = jnp.where(ends > 0, 0, sums).reshape(batch, heads, length)
+    return jnp.moveaxis(d_BHL[..., :tokens], 1, 2).astype(log_decay_BTH.dtype)

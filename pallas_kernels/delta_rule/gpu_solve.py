@@ -1,0 +1,192 @@
+"""The triangular system of every chunk of the gated delta rule on a Hopper GPU, and its gradient.
+
+    A_ij = beta_i pair_ij (k_i . k_j), j < i      T = (I + A)^-1
+    U = T diag(beta) V                            W = T diag(beta enter) K
+
+One warpgroup a chunk, all chunks at once. T is made by merging of blocks on the diagonal, with
+products of numbers in two bfloat16 parts (16 bits); U, W and T leave in bfloat16.
+
+With cotangents dU and dW, and Y = TT dU, Z = TT dW:
+
+    dV = beta Y        dA_ij = -(y_i . u_j + z_i . w_j), j < i        M_ij = dA_ij pair_ij
+    dK = beta enter Z + (beta M) K + (beta M)T K
+    dbeta_i = (M K)_i . k_i + y_i . v_i + enter_i z_i . k_i
+    dG_i    = beta_i (M K)_i . k_i - k_i . ((beta M)T K)_i + beta_i enter_i z_i . k_i
+
+where G are the sums of log decay inside `pair` and `enter`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import compat
+from pallas_kernels.warpgroup_gpu import BETA, CHUNK, ENTER, Warpgroup
+
+
+def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _inverse(group: Warpgroup, strict_CC: jax.Array, tiles: Any) -> jax.Array:
+    """(I + A)^-1 for strictly lower triangular A, as `tile_math.unit_lower_inverse`."""
+    i, j = group.places()
+
+    def link(level: int) -> jax.Array:
+        same = (i >> (level + 1)) == (j >> (level + 1))
+        below = same & (((i >> level) & 1) > ((j >> level) & 1))
+        return jnp.where(below, strict_CC, 0.0)
+
+    def product(left: jax.Array, right: jax.Array, high: Any, low: Any) -> jax.Array:
+        high[...], low[...] = _parts(right)
+        group.gpu.commit_smem()
+        a, b = _parts(left)
+        return group.products([(a, high), (a, low), (b, high)])[0]
+
+    inverse_CC = (i == j).astype(jnp.float32) - link(0)
+    for level in range(1, CHUNK.bit_length() - 1):
+        right = product(link(level), inverse_CC, *tiles[:2])
+        inverse_CC = inverse_CC - product(inverse_CC, right, *tiles[2:])
+    return inverse_CC
+
+
+def solve(
+    k_BTF: jax.Array, v_BTF: jax.Array, gates_NMGC: jax.Array, *, heads: int, interpreter: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U `[B, T, H V]`, W `[B, T, H K]` and T `[N, M, C, C]`, bfloat16, of bfloat16 k and v."""
+    group = Warpgroup(interpreter)
+    pl, plgpu = group.pl, group.gpu
+    batch, tokens, _ = k_BTF.shape
+    sizes = [x.shape[2] // heads for x in (k_BTF, v_BTF)]
+    lanes, chunks = batch * heads, tokens // CHUNK
+    bfloat16 = jnp.bfloat16
+
+    def kernel(k_hbm, v_hbm, gates_hbm, u_hbm, w_hbm, solved_hbm, k, v, gates, *scratch):
+        *tiles, loaded = scratch
+        chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
+        row, head = lax.div(lane, heads), lax.rem(lane, heads)
+        rows = pl.ds(chunk * CHUNK, CHUNK)
+        at = [(row, rows, pl.ds(head * size, size)) for size in sizes]
+        plgpu.copy_gmem_to_smem(k_hbm.at[at[0]], k, loaded)
+        plgpu.copy_gmem_to_smem(v_hbm.at[at[1]], v, loaded)
+        plgpu.copy_gmem_to_smem(gates_hbm.at[lane, chunk], gates, loaded)
+        plgpu.barrier_wait(loaded)
+        (overlap,) = group.products((k, (k,)))
+        strict = overlap * group.weights(gates, strict=True) * group.rows(gates, BETA, CHUNK)
+        inverse = _inverse(group, strict, tiles)
+        tiles[0][...] = inverse.astype(bfloat16)
+        weighted = inverse * group.columns(gates, BETA)
+        (u,) = group.products((weighted.astype(bfloat16), v))
+        plgpu.commit_smem()
+        v[...] = u.astype(bfloat16)
+        (w,) = group.products(((weighted * group.columns(gates, ENTER)).astype(bfloat16), k))
+        plgpu.commit_smem()
+        k[...] = w.astype(bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tiles[0], solved_hbm.at[lane, chunk])
+        plgpu.copy_smem_to_gmem(v, u_hbm.at[at[1]])
+        plgpu.copy_smem_to_gmem(k, w_hbm.at[at[0]])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            compat.like(v_BTF.shape, bfloat16, k_BTF),
+            compat.like(k_BTF.shape, bfloat16, k_BTF),
+            compat.like((lanes, chunks, CHUNK, CHUNK), bfloat16, k_BTF),
+        ),
+        scratch_types=[
+            *(group.tile(CHUNK, size) for size in sizes),
+            plgpu.SMEM(gates_NMGC.shape[2:], jnp.float32),
+            *[group.tile(CHUNK, CHUNK)] * 4,
+            plgpu.Barrier(num_arrivals=3),
+        ],
+        grid=(chunks, lanes),
+        grid_names=("chunk", "lane"),
+        **group.settings,
+    )(k_BTF, v_BTF, gates_NMGC)
+
+
+def solve_gradient(
+    k_BTF, v_BTF, u_BTF, w_BTF, solved_NMCC, less_BTF, d_w_BTF, gates_NMGC, *, heads, interpreter
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dK, dV (bfloat16), and of each token dbeta and dG `[N, M, 2, C]`, float32; `less` is -dU."""
+    group = Warpgroup(interpreter)
+    pl, plgpu = group.pl, group.gpu
+    batch, tokens, _ = k_BTF.shape
+    inputs = [k_BTF, v_BTF, u_BTF, w_BTF, less_BTF, d_w_BTF]
+    sizes = [x.shape[2] // heads for x in inputs]
+    lanes, chunks = batch * heads, tokens // CHUNK
+    bfloat16, float32 = jnp.bfloat16, jnp.float32
+
+    def kernel(*refs):
+        sources, (solved_hbm, gates_hbm, d_k_hbm, d_v_hbm, numbers_hbm) = refs[:6], refs[6:11]
+        k, v, u, w, less, d_w = tiles = refs[11:17]
+        solved, gates, numbers, loaded = refs[17:]
+        chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
+        row, head = lax.div(lane, heads), lax.rem(lane, heads)
+        rows = pl.ds(chunk * CHUNK, CHUNK)
+        at = [(row, rows, pl.ds(head * size, size)) for size in sizes]
+        for source, tile, where in zip(sources, tiles, at, strict=True):
+            plgpu.copy_gmem_to_smem(source.at[where], tile, loaded)
+        plgpu.copy_gmem_to_smem(solved_hbm.at[lane, chunk], solved, loaded)
+        plgpu.copy_gmem_to_smem(gates_hbm.at[lane, chunk], gates, loaded)
+        plgpu.barrier_wait(loaded)
+
+        def along(x, tile):
+            """Sums over rows of the products of x with a tile."""
+            return jnp.sum(x * group.read(tile).astype(float32), axis=1)
+
+        (minus_y,) = group.products(((solved,), less))
+        plgpu.commit_smem()
+        less[...] = minus_y.astype(bfloat16)
+        minus_d_beta = along(minus_y, v)
+        plgpu.commit_smem()
+        v[...] = (-minus_y * group.rows(gates, BETA, sizes[1])).astype(bfloat16)
+        (z,) = group.products(((solved,), d_w))
+        plgpu.commit_smem()
+        d_w[...] = z.astype(bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(v, d_v_hbm.at[at[1]])
+        beta, enter = (group.read(gates, x, layout=group.by_row) for x in (BETA, ENTER))
+        entered = along(z, k) * enter
+        less_yu, zw, overlap = group.products((less, (u,)), (d_w, (w,)), (k, (k,)))
+        pairs = (less_yu - zw) * group.weights(gates, strict=True)  # M
+        inside = jnp.sum(pairs * overlap, axis=1)
+        weighted = (pairs * group.rows(gates, BETA, CHUNK)).astype(bfloat16)
+        solved[...] = weighted
+        plgpu.commit_smem()
+        entering = lax.broadcast_in_dim(beta * enter, (CHUNK, sizes[0]), (0,))
+        z = group.read(d_w).astype(float32) * entering
+        (d_k,) = group.products([(weighted, k), ((solved,), k)], add=(z,))
+        # d_k . k is the sum of the terms of dG, but with the sign of the last one turned.
+        numbers[0, :] = entered + inside - minus_d_beta
+        numbers[1, :] = 2 * beta * (entered + inside) - along(d_k, k)
+        plgpu.commit_smem()
+        k[...] = d_k.astype(bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k, d_k_hbm.at[at[0]])
+        plgpu.copy_smem_to_gmem(numbers, numbers_hbm.at[lane, chunk])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            compat.like(k_BTF.shape, bfloat16, k_BTF),
+            compat.like(v_BTF.shape, bfloat16, k_BTF),
+            compat.like((lanes, chunks, 2, CHUNK), float32, k_BTF),
+        ),
+        scratch_types=[
+            *(group.tile(CHUNK, size) for size in sizes),
+            group.tile(CHUNK, CHUNK),
+            plgpu.SMEM(gates_NMGC.shape[2:], float32),
+            plgpu.SMEM((2, CHUNK), float32),
+            plgpu.Barrier(num_arrivals=8),
+        ],
+        grid=(chunks, lanes),
+        grid_names=("chunk", "lane"),
+        **group.settings,
+    )(*inputs, solved_NMCC, gates_NMGC)

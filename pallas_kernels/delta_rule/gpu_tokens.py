@@ -1,0 +1,89 @@
+"""Outputs of tokens from the states of chunks on a Hopper GPU: all chunks at once.
+
+    o_i = scale (sum_{j <= i} pair_ij (a_i . b_j) c_j) + state_scale enter_i S_T a_i
+
+With `reverse` j >= i, and `leave` for `enter`. With `across` a has the size of V, and S is read as
+it stands (o_i is S a_i). With `extra` (then `across`) a second output is S extra_i.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import compat
+from pallas_kernels.warpgroup_gpu import CHUNK, ENTER, LEAVE, Warpgroup
+
+
+def tokens_of(
+    a_BTF: jax.Array,
+    b_BTF: jax.Array,
+    c_BTF: jax.Array,
+    states_NMKV: jax.Array,
+    gates_NMGC: jax.Array,
+    *,
+    heads: int,
+    scale: float,
+    state_scale: float,
+    reverse: bool = False,
+    across: bool = False,
+    extra_BTF: jax.Array | None = None,
+    interpreter: Any,
+) -> tuple[jax.Array, ...]:
+    """o, of the shape of c, and with `extra` a second one; bfloat16."""
+    group = Warpgroup(interpreter)
+    pl, plgpu = group.pl, group.gpu
+    inputs = [a_BTF, b_BTF, c_BTF] + ([] if extra_BTF is None else [extra_BTF])
+    sizes = [x.shape[2] // heads for x in inputs]
+    count, outs = len(inputs), len(inputs) - 2
+    lanes, chunks, *state_shape = states_NMKV.shape
+    gate = LEAVE if reverse else ENTER
+    bfloat16 = jnp.bfloat16
+
+    def kernel(*refs):
+        sources, (states_hbm, gates_hbm) = refs[:count], refs[count : count + 2]
+        outs_hbm = refs[count + 2 : count + 2 + outs]
+        *tiles, states, gates, loaded = refs[count + 2 + outs :]
+        chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
+        row, head = lax.div(lane, heads), lax.rem(lane, heads)
+        rows = pl.ds(chunk * CHUNK, CHUNK)
+        at = [(row, rows, pl.ds(head * size, size)) for size in sizes]
+        for source, tile, where in zip(sources, tiles, at, strict=True):
+            plgpu.copy_gmem_to_smem(source.at[where], tile, loaded)
+        plgpu.copy_gmem_to_smem(states_hbm.at[lane, chunk], states, loaded)
+        plgpu.copy_gmem_to_smem(gates_hbm.at[lane, chunk], gates, loaded)
+        plgpu.barrier_wait(loaded)
+        a, b, c, *more = tiles
+        entering = (states,) if across else states
+        scores, o = group.products((a, (b,)), (a, entering))
+        scores = (scores * group.weights(gates, reverse=reverse) * scale).astype(bfloat16)
+        o = o * group.rows(gates, gate, sizes[2]) * state_scale
+        (o,) = group.products((scores, c), add=(o,))
+        plgpu.commit_smem()
+        c[...] = o.astype(bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(c, outs_hbm[0].at[at[2]])
+        if more:
+            (second,) = group.products((more[0], entering))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            c[...] = second.astype(bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(c, outs_hbm[1].at[at[2]])
+        plgpu.wait_smem_to_gmem(0)
+
+    return tuple(
+        plgpu.kernel(
+            kernel,
+            out_type=(compat.like(c_BTF.shape, bfloat16, c_BTF),) * outs,
+            scratch_types=[
+                *(group.tile(CHUNK, size) for size in sizes),
+                group.tile(*state_shape),
+                plgpu.SMEM(gates_NMGC.shape[2:], jnp.float32),
+                plgpu.Barrier(num_arrivals=count + 2),
+            ],
+            grid=(chunks, lanes),
+            grid_names=("chunk", "lane"),
+            **group.settings,
+        )(*inputs, states_NMKV, gates_NMGC)
+    )

@@ -1,0 +1,120 @@
+"""What the kernels for a Hopper GPU share: tiles, products and weights of one warpgroup.
+
+Layouts are named where a value is born (lane semantics), so that none has to be inferred. The
+interpreter of JAX 0.10 knows no layouts, no transposed operands and no accumulators that start from
+a value: there, the same products are plain ones.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK = 64  # tokens: the rows of one wgmma
+SIZES = (64, 128)  # K and V
+COARSE, FINE, DOCUMENT, ENTER, LEAVE, BETA = range(6)  # rows of the gates of a chunk
+
+
+class Warpgroup:
+    """Operations in the body of a kernel."""
+
+    def __init__(self, interpreter: Any):
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        self.pl, self.gpu, self.interpreted = pl, plgpu, interpreter is not None
+        self.settings: dict[str, Any] = {
+            "interpret": interpreter,
+            "compiler_params": plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
+            ),
+        }
+        self.layout = plgpu.Layout.WGMMA
+        self.by_row, self.by_column = self.layout.reduce(1), self.layout.reduce(0)
+
+    def tile(self, *shape: int, width: int = 64) -> Any:
+        """bfloat16 in shared memory, in the order that TMA and wgmma want: blocks of 8 x `width`,
+        which is the same for both operands of a product."""
+        transforms = (
+            self.gpu.TilingTransform((8, width)),
+            self.gpu.SwizzleTransform(2 * width),
+        )
+        return self.gpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+    def read(self, ref: Any, *index: Any, layout: Any = None) -> jax.Array:
+        """Memory to registers."""
+        if self.interpreted:
+            return ref[index or ...]
+        layout = self.layout if layout is None else layout
+        return self.gpu.load(ref, index, layout=layout, optimized=False)
+
+    def zeros(self, *shape: int) -> jax.Array:
+        x = jnp.zeros(shape, jnp.float32)
+        return x if self.interpreted else self.gpu.layout_cast(x, self.layout)
+
+    def rows(self, gates: Any, row: int, columns: int) -> jax.Array:
+        """A gate of each token, along its row."""
+        gate = self.read(gates, row, layout=self.by_row)
+        return lax.broadcast_in_dim(gate, (CHUNK, columns), (0,))
+
+    def columns(self, gates: Any, row: int) -> jax.Array:
+        """A gate of each token, along its column of a matrix of pairs."""
+        gate = self.read(gates, row, layout=self.by_column)
+        return lax.broadcast_in_dim(gate, (CHUNK, CHUNK), (1,))
+
+    def places(self) -> list[jax.Array]:
+        """Row and column of every pair of tokens."""
+        if self.interpreted:
+            return [lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1)]
+        iota, shape = self.gpu.broadcasted_iota, (CHUNK, CHUNK)
+        return [iota(jnp.int32, shape, axis, layout=self.layout) for axis in (0, 1)]
+
+    def weights(self, gates: Any, *, reverse: bool = False, strict: bool = False) -> jax.Array:
+        """pair_ij of rows i and columns j: 0 unless j <= i (or >=, or <) in the same document."""
+        i, j = self.places()
+        early, late = (i, j) if reverse else (j, i)
+        seen = early < late if strict else early <= late
+        if gates is None:
+            return seen.astype(jnp.float32)
+
+        def gap(row: int) -> jax.Array:
+            along, across = self.rows(gates, row, CHUNK), self.columns(gates, row)
+            return across - along if reverse else along - across
+
+        seen = seen & (gap(DOCUMENT) == 0.0)
+        # The gap of a pair that is not seen may be positive: it is replaced before exp.
+        return jnp.where(seen, jnp.exp(jnp.where(seen, gap(COARSE) + gap(FINE), 0.0)), 0.0)
+
+    def products(self, *pairs: Any, add: tuple[jax.Array, ...] = ()) -> tuple[jax.Array, ...]:
+        """Products in registers, added to `add`. A pair of operands: each a tile, or registers on
+        the left, or `(tile,)` for its transpose; more pairs that are added, as a list."""
+        sums = [pair if isinstance(pair, list) else [pair] for pair in pairs]
+        if self.interpreted:
+            out = tuple(sum(_simulated(*pair) for pair in pairs) for pairs in sums)
+            return tuple(x + y for x, y in zip(out, add, strict=True)) if add else out
+
+        def multiply(*accumulators: Any) -> Any:
+            for accumulator, pairs in zip(accumulators, sums, strict=True):
+                for pair in pairs:
+                    left, right = (x[0].T if isinstance(x, tuple) else x for x in pair)
+                    self.gpu.wgmma(accumulator, left, right)
+            self.gpu.wgmma_wait(0)
+            return None if add else tuple(x[...] for x in accumulators)
+
+        if add:
+            start = tuple(self.gpu.ACC.init(x) for x in add)
+            return self.pl.run_state(lambda refs: multiply(*refs))(start)
+        sizes = [(_shape(pairs[0][0])[0], _shape(pairs[0][1])[1]) for pairs in sums]
+        return self.pl.run_scoped(multiply, *(self.gpu.ACC(size, jnp.float32) for size in sizes))
+
+
+def _shape(operand: Any) -> tuple[int, ...]:
+    return operand[0].shape[::-1] if isinstance(operand, tuple) else operand.shape
+
+
+def _simulated(left: Any, right: Any) -> jax.Array:
+    contract = ((0 if isinstance(left, tuple) else 1,), (1 if isinstance(right, tuple) else 0,))
+    values = (x[0] if isinstance(x, tuple) else x for x in (left, right))
+    values = [x if isinstance(x, jax.Array) else x[...] for x in values]
+    return lax.dot_general(*values, (contract, ((), ())), preferred_element_type=jnp.float32)
