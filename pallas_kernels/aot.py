@@ -52,7 +52,7 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-SPILL_LIMIT = 8  # bytes a thread: an address, not an accumulator
+SPILL_LIMIT = 8  # bytes a thread: an address or two, not an accumulator
 Case = tuple[str, Callable[[dict], Any], dict[str, jax.ShapeDtypeStruct]]
 BATCH, TOKENS, HEADS = 1, 1024, 4
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import lanes, tile_math
+from pallas_kernels.chunks import COARSE_STEP, LOG_DECAY_FLOOR
 from pallas_kernels.warpgroup_gpu import CHUNK, SIZES
 
 # A decay below exp(-30) ends a sum of gradients as a reset does: what crosses it is under 1e-13.
@@ -49,23 +50,35 @@ def gates_of(
     if log_decay is None and reset is None and beta is None:
         return None
     shape = (batch, heads, tokens // CHUNK, CHUNK)
-    rows = document = jnp.zeros(shape, jnp.float32)
-    if log_decay is not None:
-        rows = lanes.fold_rows(log_decay, CHUNK).reshape(shape)
-    if reset is not None:
+    zeros = jnp.zeros(shape, jnp.float32)
+    rows = zeros if log_decay is None else lanes.fold_rows(log_decay, CHUNK).reshape(shape)
+    if reset is None:
+        gates = _without_reset(rows)
+    else:
         document = jnp.broadcast_to(lanes.documents(reset, CHUNK)[:, None, :, 0], shape)
-
-    def one_chunk(row_C, document_C):
-        decay = tile_math.decay_of(row_C[None], document_C[None], CHUNK)
-        columns = [decay.coarse_CK, decay.fine_CK, decay.document_C1]
-        columns += [tile_math.enter(decay), tile_math.leave(decay)]
-        return jnp.concatenate(columns, 1).T
-
-    gates = jnp.vectorize(one_chunk, signature="(c),(c)->(g,c)")(rows, document)
+        gates = jnp.vectorize(_one_chunk, signature="(c),(c)->(g,c)")(rows, document)
     gates = gates.reshape(batch * heads, -1, 5, CHUNK)
     if beta is None:
         return gates
     return jnp.concatenate([gates, lanes.fold_rows(beta, CHUNK)], 2)
+
+
+def _one_chunk(row_C: jax.Array, document_C: jax.Array) -> jax.Array:
+    decay = tile_math.decay_of(row_C[None], document_C[None], CHUNK)
+    columns = [decay.coarse_CK, decay.fine_CK, decay.document_C1]
+    return jnp.concatenate([*columns, tile_math.enter(decay), tile_math.leave(decay)], 1).T
+
+
+def _without_reset(rows_BHMC: jax.Array) -> jax.Array:
+    """The same for whole arrays: a sum is one product with a triangle of ones."""
+    rows = jnp.where(rows_BHMC > LOG_DECAY_FLOOR, rows_BHMC, LOG_DECAY_FLOOR)
+    coarse = jnp.round(rows * (1 / COARSE_STEP)) * COARSE_STEP
+    earlier_CC = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
+    parts = jnp.stack([coarse, rows - coarse], 3)
+    sums = jnp.matmul(parts, earlier_CC, precision="highest")
+    coarse, fine = sums[..., 0, :], sums[..., 1, :]
+    leave = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
+    return jnp.stack([coarse, fine, jnp.zeros_like(fine), jnp.exp(coarse + fine), leave], 3)
 
 
 def decay_gradient(differences_BTH, log_decay_BTH, reset, ahead_BHS) -> jax.Array:

@@ -31,6 +31,14 @@ def gpu_interpreter(**settings: Any) -> Any:
     return mosaic_gpu.InterpretGPUParams(**settings)  # type: ignore[attr-defined]
 
 
+def gpu_load(ref: Any, layout: Any) -> jax.Array:
+    """Memory to registers in a Mosaic GPU kernel; until JAX 0.11 an index had to be named."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    index: tuple[Any, ...] = ((),) if jax.__version_info__ < (0, 11) else ()
+    return mosaic_gpu.load(ref, *index, layout=layout, optimized=False)
+
+
 def tpu_races_found() -> bool:
     """Whether the last kernel run with `tpu_interpreter(detect_races=True)` had a race."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call

@@ -1,12 +1,13 @@
 """A matrix memory with additive writes on a Hopper GPU (Mosaic GPU): a walk over the chunks.
 
-    o_i = scale (sum_{j <= i} pair_ij (a_i . b_j) c_j + enter_i S_T a_i)
+    o_i = scale (sum_{j <= i} pair_ij (a_i . b_j) c_j + enter_i ST a_i)
     S'  = through S + sum_j leave_j b_j c_jT
 
 `pair_ij`, `enter`, `leave` and `through` are exponentials of sums of log decay. With `reverse` time
 runs backward: j >= i, chunks from last to first, `enter` and `leave` change places. One block of
-threads (a warpgroup) takes a segment of a lane and 64 columns of c through its chunks: tiles come by
-TMA, `STAGES` chunks ahead; products are wgmma; S stays in registers, in float32.
+threads (a warpgroup, two of them a processor) takes a segment of a lane and 64 columns of c through
+its chunks: tiles come by TMA, `STAGES` chunks ahead; products are wgmma; S stays in registers, in
+float32, and its bfloat16 copy in shared memory is what products read.
 """
 
 from typing import Any

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import compat
+
 CHUNK = 64  # tokens: the rows of one wgmma
 SIZES = (64, 128)  # K and V
 COARSE, FINE, DOCUMENT, ENTER, LEAVE, BETA = range(6)  # rows of the gates of a chunk
@@ -47,7 +49,7 @@ class Warpgroup:
         if self.interpreted:
             return ref[index or ...]
         layout = self.layout if layout is None else layout
-        return self.gpu.load(ref, index, layout=layout, optimized=False)
+        return compat.gpu_load(ref.at[index] if index else ref, layout)
 
     def zeros(self, *shape: int) -> jax.Array:
         x = jnp.zeros(shape, jnp.float32)

@@ -3,6 +3,8 @@
 Operands of products are bfloat16: 8 bits, 0.4% a rounding, a few roundings deep.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 
 from pallas_kernels import attention, compat, delta_rule, dispatch, linear_attention
 from pallas_kernels.attention import maintained
+from pallas_kernels.chunk_gates_gpu import decay_gradient
+from pallas_kernels.linear_attention import gpu as linear_attention_gpu
 
 OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule}
 TOKENS, HEADS, SIZE = 130, 2, 64
@@ -37,54 +41,115 @@ def assert_near(got, want, part):
         np.testing.assert_allclose(a, b, rtol=0, atol=part * np.abs(b).max())
 
 
+def outputs_and_gradients(op, args, reset, impl):
+    """Of random cotangents: o and the last state, and every gradient."""
+    normal = np.random.default_rng(1).standard_normal
+    out, pull = jax.vjp(lambda args: OPS[op](**args, reset=reset, impl=impl), args)
+    cotangents = [jnp.asarray(normal(x.shape), x.dtype) for x in out]
+    return out, pull(tuple(cotangents))[0]
+
+
 @pytest.mark.parametrize("op", OPS)
-def test_interpreted_chunks_equal_the_token_loop_without_a_race(op):
+def test_interpreted_chunks_equal_the_token_loop_without_a_race(op, monkeypatch):
+    """Three chunks; linear attention in two segments, one of two chunks and one of one."""
+    monkeypatch.setattr(linear_attention_gpu, "LEAST_CHUNKS", 2)
     args = draw(op)
     reset = jnp.zeros((1, TOKENS), bool).at[0, jnp.asarray(RESETS)].set(True)
     with dispatch.target("gpu", interpreter=compat.gpu_interpreter(detect_races=True)):
-        got = OPS[op](**args, reset=reset, impl="gpu", chunk=64)
+        got, got_gradients = outputs_and_gradients(op, args, reset, "gpu")
+    want, want_gradients = outputs_and_gradients(op, args, reset, "reference")
     assert got[0].dtype == jnp.bfloat16 and got[1].dtype == jnp.float32
-    assert_near(got, OPS[op](**args, reset=reset, impl="reference"), 0.02)
+    assert_near(got, want, 0.01)
+    for name in args:
+        assert got_gradients[name].dtype == args[name].dtype
+        assert_near(got_gradients[name], want_gradients[name], 0.01)
 
 
-def test_interpreted_values_of_128_columns_are_two_blocks():
-    args = draw("linear_attention", size=128, tokens=64)
+def test_heads_that_share_keys_and_two_blocks_of_columns():
+    args = draw("linear_attention", size=64, tokens=64)
+    args |= {name: args[name][:, :, :1] for name in "qk"}
+    args["v"] = jnp.concatenate([args["v"], -2 * args["v"]], -1)
+    args["initial_state"] = None
     with dispatch.target("gpu", interpreter=compat.gpu_interpreter()):
         got = linear_attention(**args, impl="gpu")
-    assert_near(got, linear_attention(**args, impl="reference"), 0.02)
+    assert_near(got, linear_attention(**args, impl="reference"), 0.01)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_gradients_are_those_of_the_chunked_form(op):
-    args = draw(op, tokens=64)
+def test_the_decays_gradient_sums_only_what_no_end_separates():
+    """Against sums one by one: ends are resets and decays so strong that nothing crosses them."""
+    normal = np.random.default_rng(0).standard_normal
+    tokens, segments = 300, 2  # of three chunks and two
+    terms, ahead = normal((1, tokens, 2)), normal((1, 2, segments))
+    log_decay = np.full((1, tokens, 2), -0.1)
+    log_decay[0, [70, 250], 1] = -50.0
+    reset = np.zeros((1, tokens), bool)
+    reset[0, [3, 64, 65, 130]] = True
+    want = np.zeros_like(terms)
+    for head in range(2):
+        for last in range(tokens - 1, -1, -1):
+            behind = ahead[0, head, last // 192] if last in (191, tokens - 1) else total
+            total = behind + terms[0, last, head]
+            if reset[0, last] or log_decay[0, last, head] < -30:
+                total = 0.0
+            want[0, last, head] = total
+    got = decay_gradient(*(jnp.asarray(x, jnp.float32) for x in (terms, log_decay)),
+                         jnp.asarray(reset), jnp.asarray(ahead, jnp.float32))  # fmt: skip
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
-    def loss(args, impl):
-        o, state = OPS[op](**args, impl=impl, chunk=64)
-        return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state**2)
 
-    with dispatch.target("gpu", interpreter=compat.gpu_interpreter()):
-        got = jax.grad(loss)(args, "gpu")
-    want = jax.grad(loss)(args, "reference")
-    for name in args:
-        assert_near(got[name], want[name], 0.03)
+KERNELS = {"linear_attention": (1, 4), "delta_rule": (3, 9)}  # forward, and with the gradients
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("impl, kernels", [("gpu", 1), ("auto", 0), ("xla", 0)])
-def test_the_named_implementation_is_in_the_program_for_cuda(op, impl, kernels):
-    args = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in draw(op, size=128).items()}
+def call_of(op, impl, args):
+    return OPS[op](**args, impl=impl)
+
+
+def gradients_of(op, impl):
+    def gradients(args):
+        out, pull = jax.vjp(partial(call_of, op, impl), args)
+        return out, pull(jax.tree.map(jnp.ones_like, out))
+
+    return gradients
+
+
+def kernels_in(call, args):
     with dispatch.target("gpu"):
-        traced = jax.jit(lambda args: OPS[op](**args, impl=impl, chunk=64)).trace(args)
+        text = str(jax.make_jaxpr(call)(args))
+    return text.count("mpmd_map[") + text.count("core_map[")
+
+
+def shapes(args):
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in args.items()}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_kernels_lower_for_cuda(op):
+    args = shapes(draw(op, size=128))
+    with dispatch.target("gpu"):
+        traced = jax.jit(gradients_of(op, "gpu")).trace(args)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == kernels
+    assert text.count("custom_call @mosaic_gpu") == KERNELS[op][1]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_named_implementation_is_in_the_program(op):
+    args = shapes(draw(op, size=128))
+    for impl, (forward, both) in (("gpu", KERNELS[op]), ("auto", KERNELS[op]), ("xla", (0, 0))):
+        assert kernels_in(partial(call_of, op, impl), args) == forward
+        assert kernels_in(gradients_of(op, impl), args) == both
+
+
+def test_few_lanes_are_cut_in_segments():
+    args = {n: jax.ShapeDtypeStruct((1, 4096, 2, 64), jnp.bfloat16) for n in "qkv"}
+    assert kernels_in(lambda args: linear_attention(**args), args) == 2
 
 
 REFUSED = {
     "K=32 must be one of": {name: jnp.ones((1, 64, 1, 32), jnp.bfloat16) for name in "qkv"},
-    "V=32 must be a multiple of 64": {"v": jnp.ones((1, 64, 1, 32), jnp.bfloat16)},
+    "V=32 must be one of": {"v": jnp.ones((1, 64, 1, 32), jnp.bfloat16)},
     "q has dtype float32; it must be bfloat16": {"q": jnp.ones((1, 64, 1, 64))},
     "log_decay must be None or one a head": {"log_decay": -jnp.ones((1, 64, 1, 64))},
-    "chunk=32 must be 64": {"chunk": 32},
+    "scale=0 has no cotangent": {"scale": 0.0},
 }
 
 

@@ -1,8 +1,9 @@
 """The gated delta rule on a Hopper GPU, forward and backward.
 
 Forward: `gpu_solve` (U, W of all chunks at once), `gpu_walk` (D and the states, in order),
-`gpu_tokens` (outputs, all at once). The backward pass computes these again, then walks backward for
-dD and the cotangents R of the states, and makes all else of all chunks at once:
+`gpu_tokens` (outputs, all at once). T is kept for the backward pass, which computes the rest again,
+then walks backward for dD and the cotangents R of the states, and makes all else of all chunks at
+once:
 
     dQ = tokens of (dO, D, K; S)     dW = -dD ST     dK = tokens of (D, dO, Q; R), backward
     dU = dD                          and what `gpu_solve` gives for dU and dW
@@ -18,7 +19,6 @@ from pallas_kernels.chunk_gates_gpu import decay_gradient, flat, gates_of, heads
 from pallas_kernels.delta_rule.gpu_solve import solve, solve_gradient
 from pallas_kernels.delta_rule.gpu_tokens import tokens_of
 from pallas_kernels.delta_rule.gpu_walk import walk
-from pallas_kernels.warpgroup_gpu import CHUNK
 
 ANCHOR = 8  # chunks; sums of the decay's gradient start anew behind so many
 
@@ -38,10 +38,8 @@ def _delta_rule(scale, *inputs):
     return _forward(scale, *inputs)[0]
 
 
-def _states(k_BTF, v_BTF, gates, state, settings):
-    u, w, solved = solve(k_BTF, v_BTF, gates, **settings)
-    d, states, last = walk([k_BTF, w], u, gates, state, scale=1.0, reverse=False, **settings)
-    return u, w, solved, d, states, last
+def _states(k_BTF, u, w, gates, state, settings):
+    return walk([k_BTF, w], u, gates, state, scale=1.0, reverse=False, **settings)
 
 
 def _forward(scale, q, k, v, beta, log_decay, initial_state, reset):
@@ -50,37 +48,39 @@ def _forward(scale, q, k, v, beta, log_decay, initial_state, reset):
     gates = gates_of(log_decay, reset, batch, heads, q_.shape[1], beta=beta)
     state = lanes.fold_state(initial_state, batch, heads, key_size, v.shape[-1], like=q)
     settings = {"heads": heads, "interpreter": dispatch.current_target().interpreter}
-    *_, d, states, last = _states(k_, v_, gates, state, settings)
+    u, w, solved = solve(k_, v_, gates, **settings)
+    d, states, last = _states(k_, u, w, gates, state, settings)
     (o,) = tokens_of(q_, k_, d, states, gates, scale=scale, state_scale=scale, **settings)
     o = heads_of(o, heads, tokens)
-    residuals = (q, k, v, beta, log_decay, initial_state, reset, gates, o)
+    residuals = (q, k, v, beta, log_decay, initial_state, reset, gates, solved, o)
     return (o, last.reshape(batch, heads, key_size, -1)), residuals
 
 
 def _backward(scale, residuals, cotangents):
-    q, k, v, beta, log_decay, initial_state, reset, gates, o = residuals
+    q, k, v, beta, log_decay, initial_state, reset, gates, solved, o = residuals
     d_o, d_last = cotangents
     batch, tokens, heads, key_size = q.shape
     q_, k_, v_, d_o_ = (flat(x) for x in (q, k, v, d_o.astype(jnp.bfloat16)))
     state = lanes.fold_state(initial_state, batch, heads, key_size, v.shape[-1], like=q)
     settings = {"heads": heads, "interpreter": dispatch.current_target().interpreter}
-    u, w, solved, d, states, last = _states(k_, v_, gates, state, settings)
+    u, w = solve(k_, v_, gates, solved, **settings)
+    d, states, last = _states(k_, u, w, gates, state, settings)
     d_last = d_last.astype(jnp.float32).reshape(state.shape)
     less, behind, d_state = walk(
         [q_, k_, w], d_o_, gates, d_last, scale=scale, reverse=True, **settings
     )
     across = partial(tokens_of, gates_NMGC=gates, scale=scale, across=True, **settings)
-    d_q, d_w = across(d_o_, d, k_, states, state_scale=scale, extra_BTF=less)
+    d_q, d_w, d_less = across(d_o_, d, k_, states, state_scale=scale, extra_BTF=less)
     (d_k,) = across(d, d_o_, q_, behind, state_scale=1.0, reverse=True)
-    d_k_more, d_v, numbers = solve_gradient(k_, v_, u, w, solved, less, d_w, gates, **settings)
-    d_k = (d_k.astype(jnp.float32) + d_k_more.astype(jnp.float32)).astype(jnp.bfloat16)
-    d_q, d_k, d_v, d_, less_ = (heads_of(x, heads, tokens) for x in (d_q, d_k, d_v, d, less))
+    d_k, d_v, numbers = solve_gradient(k_, v_, u, w, solved, less, d_w, d_k, gates, **settings)
+    d_q, d_k, d_v = (heads_of(x, heads, tokens) for x in (d_q, d_k, d_v))
 
-    numbers = jnp.moveaxis(numbers, 2, 0).reshape(2, batch, heads, -1)[..., :tokens]
-    d_beta, d_gate = jnp.swapaxes(numbers, 2, 3)
+    numbers = jnp.concatenate([numbers, d_less[:, :, None]], 2)
+    numbers = jnp.moveaxis(numbers, 2, 0).reshape(3, batch, heads, -1)[..., :tokens]
+    d_beta, d_gate, d_less = jnp.swapaxes(numbers, 2, 3)
     d_log_decay = d_initial = None
     if log_decay is not None:
-        d_gate = d_gate + row_products(d_o, o) + row_products(d_, less_)
+        d_gate = d_gate + row_products(d_o, o) + d_less
         ahead = _ahead(states, last, behind).reshape(batch, heads, -1)
         d_log_decay = decay_gradient(d_gate, log_decay, reset, ahead)
     if initial_state is not None:

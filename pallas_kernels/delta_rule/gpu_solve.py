@@ -54,9 +54,15 @@ def _inverse(group: Warpgroup, strict_CC: jax.Array, tiles: Any) -> jax.Array:
 
 
 def solve(
-    k_BTF: jax.Array, v_BTF: jax.Array, gates_NMGC: jax.Array, *, heads: int, interpreter: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U `[B, T, H V]`, W `[B, T, H K]` and T `[N, M, C, C]`, bfloat16, of bfloat16 k and v."""
+    k_BTF: jax.Array,
+    v_BTF: jax.Array,
+    gates_NMGC: jax.Array,
+    solved_NMCC: jax.Array | None = None,
+    *,
+    heads: int,
+    interpreter: Any,
+) -> tuple[jax.Array, ...]:
+    """U `[B, T, H V]`, W `[B, T, H K]` and, unless it is given, T `[N, M, C, C]`, all bfloat16."""
     group = Warpgroup(interpreter)
     pl, plgpu = group.pl, group.gpu
     batch, tokens, _ = k_BTF.shape
@@ -64,8 +70,14 @@ def solve(
     lanes, chunks = batch * heads, tokens // CHUNK
     bfloat16 = jnp.bfloat16
 
-    def kernel(k_hbm, v_hbm, gates_hbm, u_hbm, w_hbm, solved_hbm, k, v, gates, *scratch):
-        *tiles, loaded = scratch
+    inputs = [k_BTF, v_BTF, gates_NMGC] + ([] if solved_NMCC is None else [solved_NMCC])
+
+    def kernel(*refs):
+        k_hbm, v_hbm, gates_hbm, *refs = refs
+        if solved_NMCC is None:
+            u_hbm, w_hbm, solved_hbm, k, v, gates, *tiles, loaded = refs
+        else:
+            solved_hbm, u_hbm, w_hbm, k, v, gates, *tiles, loaded = refs
         chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
         row, head = lax.div(lane, heads), lax.rem(lane, heads)
         rows = pl.ds(chunk * CHUNK, CHUNK)
@@ -73,11 +85,16 @@ def solve(
         plgpu.copy_gmem_to_smem(k_hbm.at[at[0]], k, loaded)
         plgpu.copy_gmem_to_smem(v_hbm.at[at[1]], v, loaded)
         plgpu.copy_gmem_to_smem(gates_hbm.at[lane, chunk], gates, loaded)
+        if solved_NMCC is not None:
+            plgpu.copy_gmem_to_smem(solved_hbm.at[lane, chunk], tiles[0], loaded)
         plgpu.barrier_wait(loaded)
-        (overlap,) = group.products((k, (k,)))
-        strict = overlap * group.weights(gates, strict=True) * group.rows(gates, BETA, CHUNK)
-        inverse = _inverse(group, strict, tiles)
-        tiles[0][...] = inverse.astype(bfloat16)
+        if solved_NMCC is None:
+            (overlap,) = group.products((k, (k,)))
+            strict = overlap * group.weights(gates, strict=True) * group.rows(gates, BETA, CHUNK)
+            inverse = _inverse(group, strict, tiles)
+            tiles[0][...] = inverse.astype(bfloat16)
+        else:
+            inverse = group.read(tiles[0]).astype(jnp.float32)
         weighted = inverse * group.columns(gates, BETA)
         (u,) = group.products((weighted.astype(bfloat16), v))
         plgpu.commit_smem()
@@ -86,34 +103,48 @@ def solve(
         plgpu.commit_smem()
         k[...] = w.astype(bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(tiles[0], solved_hbm.at[lane, chunk])
+        if solved_NMCC is None:
+            plgpu.copy_smem_to_gmem(tiles[0], solved_hbm.at[lane, chunk])
         plgpu.copy_smem_to_gmem(v, u_hbm.at[at[1]])
         plgpu.copy_smem_to_gmem(k, w_hbm.at[at[0]])
         plgpu.wait_smem_to_gmem(0)
 
+    out_type = [compat.like(x.shape, bfloat16, k_BTF) for x in (v_BTF, k_BTF)]
+    if solved_NMCC is None:
+        out_type.append(compat.like((lanes, chunks, CHUNK, CHUNK), bfloat16, k_BTF))
     return plgpu.kernel(
         kernel,
-        out_type=(
-            compat.like(v_BTF.shape, bfloat16, k_BTF),
-            compat.like(k_BTF.shape, bfloat16, k_BTF),
-            compat.like((lanes, chunks, CHUNK, CHUNK), bfloat16, k_BTF),
-        ),
+        out_type=tuple(out_type),
         scratch_types=[
             *(group.tile(CHUNK, size) for size in sizes),
             plgpu.SMEM(gates_NMGC.shape[2:], jnp.float32),
-            *[group.tile(CHUNK, CHUNK)] * 4,
-            plgpu.Barrier(num_arrivals=3),
+            *[group.tile(CHUNK, CHUNK)] * (4 if solved_NMCC is None else 1),
+            plgpu.Barrier(num_arrivals=len(inputs)),
         ],
         grid=(chunks, lanes),
         grid_names=("chunk", "lane"),
         **group.settings,
-    )(k_BTF, v_BTF, gates_NMGC)
+    )(*inputs)
 
 
 def solve_gradient(
-    k_BTF, v_BTF, u_BTF, w_BTF, solved_NMCC, less_BTF, d_w_BTF, gates_NMGC, *, heads, interpreter
+    k_BTF,
+    v_BTF,
+    u_BTF,
+    w_BTF,
+    solved_NMCC,
+    less_BTF,
+    d_w_BTF,
+    d_k_BTF,
+    gates_NMGC,
+    *,
+    heads,
+    interpreter,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dK, dV (bfloat16), and of each token dbeta and dG `[N, M, 2, C]`, float32; `less` is -dU."""
+    """dK, dV (bfloat16), and of each token dbeta and dG `[N, M, 2, C]`, float32.
+
+    `less` is -dU; `d_k` is another part of dK, to which this one is added.
+    """
     group = Warpgroup(interpreter)
     pl, plgpu = group.pl, group.gpu
     batch, tokens, _ = k_BTF.shape
@@ -123,9 +154,10 @@ def solve_gradient(
     bfloat16, float32 = jnp.bfloat16, jnp.float32
 
     def kernel(*refs):
-        sources, (solved_hbm, gates_hbm, d_k_hbm, d_v_hbm, numbers_hbm) = refs[:6], refs[6:11]
-        k, v, u, w, less, d_w = tiles = refs[11:17]
-        solved, gates, numbers, loaded = refs[17:]
+        sources, (given_hbm, solved_hbm, gates_hbm) = refs[:6], refs[6:9]
+        d_k_hbm, d_v_hbm, numbers_hbm = refs[9:12]
+        k, v, u, w, less, d_w = tiles = refs[12:18]
+        solved, gates, numbers, loaded, given = refs[18:]
         chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
         row, head = lax.div(lane, heads), lax.rem(lane, heads)
         rows = pl.ds(chunk * CHUNK, CHUNK)
@@ -159,14 +191,16 @@ def solve_gradient(
         weighted = (pairs * group.rows(gates, BETA, CHUNK)).astype(bfloat16)
         solved[...] = weighted
         plgpu.commit_smem()
+        plgpu.copy_gmem_to_smem(given_hbm.at[at[0]], w, given)
         entering = lax.broadcast_in_dim(beta * enter, (CHUNK, sizes[0]), (0,))
         z = group.read(d_w).astype(float32) * entering
         (d_k,) = group.products([(weighted, k), ((solved,), k)], add=(z,))
         # d_k . k is the sum of the terms of dG, but with the sign of the last one turned.
         numbers[0, :] = entered + inside - minus_d_beta
         numbers[1, :] = 2 * beta * (entered + inside) - along(d_k, k)
+        plgpu.barrier_wait(given)
         plgpu.commit_smem()
-        k[...] = d_k.astype(bfloat16)
+        k[...] = (d_k + group.read(w).astype(float32)).astype(bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k, d_k_hbm.at[at[0]])
         plgpu.copy_smem_to_gmem(numbers, numbers_hbm.at[lane, chunk])
@@ -185,8 +219,9 @@ def solve_gradient(
             plgpu.SMEM(gates_NMGC.shape[2:], float32),
             plgpu.SMEM((2, CHUNK), float32),
             plgpu.Barrier(num_arrivals=8),
+            plgpu.Barrier(num_arrivals=1),
         ],
         grid=(chunks, lanes),
         grid_names=("chunk", "lane"),
         **group.settings,
-    )(*inputs, solved_NMCC, gates_NMGC)
+    )(*inputs, d_k_BTF, solved_NMCC, gates_NMGC)

@@ -3,7 +3,8 @@
     o_i = scale (sum_{j <= i} pair_ij (a_i . b_j) c_j) + state_scale enter_i S_T a_i
 
 With `reverse` j >= i, and `leave` for `enter`. With `across` a has the size of V, and S is read as
-it stands (o_i is S a_i). With `extra` (then `across`) a second output is S extra_i.
+it stands (o_i is S a_i). With `extra` (then `across`) two more outputs are S extra_i and
+b_i . extra_i.
 """
 
 from typing import Any
@@ -31,12 +32,12 @@ def tokens_of(
     extra_BTF: jax.Array | None = None,
     interpreter: Any,
 ) -> tuple[jax.Array, ...]:
-    """o, of the shape of c, and with `extra` a second one; bfloat16."""
+    """o, of the shape of c; with `extra` one more, and numbers `[N, M, C]`, float32."""
     group = Warpgroup(interpreter)
     pl, plgpu = group.pl, group.gpu
     inputs = [a_BTF, b_BTF, c_BTF] + ([] if extra_BTF is None else [extra_BTF])
     sizes = [x.shape[2] // heads for x in inputs]
-    count, outs = len(inputs), len(inputs) - 2
+    count, outs = len(inputs), 1 if extra_BTF is None else 3
     lanes, chunks, *state_shape = states_NMKV.shape
     gate = LEAVE if reverse else ENTER
     bfloat16 = jnp.bfloat16
@@ -45,6 +46,7 @@ def tokens_of(
         sources, (states_hbm, gates_hbm) = refs[:count], refs[count : count + 2]
         outs_hbm = refs[count + 2 : count + 2 + outs]
         *tiles, states, gates, loaded = refs[count + 2 + outs :]
+        tiles, numbers = tiles[:count], tiles[count:]
         chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
         row, head = lax.div(lane, heads), lax.rem(lane, heads)
         rows = pl.ds(chunk * CHUNK, CHUNK)
@@ -65,6 +67,10 @@ def tokens_of(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(c, outs_hbm[0].at[at[2]])
         if more:
+            b, extra = (group.read(x).astype(jnp.float32) for x in (b, more[0]))
+            numbers[0][...] = jnp.sum(b * extra, axis=1)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(numbers[0], outs_hbm[2].at[lane, chunk])
             (second,) = group.products((more[0], entering))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             c[...] = second.astype(bfloat16)
@@ -72,12 +78,15 @@ def tokens_of(
             plgpu.copy_smem_to_gmem(c, outs_hbm[1].at[at[2]])
         plgpu.wait_smem_to_gmem(0)
 
+    out_type = [compat.like(c_BTF.shape, bfloat16, c_BTF)] * 2
+    out_type.append(compat.like((lanes, chunks, CHUNK), jnp.float32, c_BTF))
     return tuple(
         plgpu.kernel(
             kernel,
-            out_type=(compat.like(c_BTF.shape, bfloat16, c_BTF),) * outs,
+            out_type=tuple(out_type[:outs]),
             scratch_types=[
                 *(group.tile(CHUNK, size) for size in sizes),
+                *([] if extra_BTF is None else [plgpu.SMEM((CHUNK,), jnp.float32)]),
                 group.tile(*state_shape),
                 plgpu.SMEM(gates_NMGC.shape[2:], jnp.float32),
                 plgpu.Barrier(num_arrivals=count + 2),

@@ -19,7 +19,11 @@ from pallas_kernels import compat
 from pallas_kernels.warpgroup_gpu import CHUNK, ENTER, LEAVE, Warpgroup
 
 BLOCKS = 128  # of threads, near one for each of 132 processors
-STAGES = 2
+
+
+def stages_of(columns: int) -> int:
+    """Chunks that are loaded ahead: more where a block has a processor for itself."""
+    return 2 if columns == 64 else 4
 
 
 def columns_of(lanes: int, value_size: int) -> int:
@@ -48,7 +52,7 @@ def walk(
     lanes, key_size, value_size = state_NKV.shape
     chunks, columns = tokens // CHUNK, columns_of(lanes, value_size)
     bfloat16, float32 = jnp.bfloat16, jnp.float32
-    inputs = [*keyed, x_BTF]
+    inputs, stages = [*keyed, x_BTF], stages_of(columns)
     count = len(inputs)
 
     def kernel(*refs):
@@ -65,7 +69,7 @@ def walk(
             return chunks - 1 - step if reverse else step
 
         def load(step):
-            slot, chunk = lax.rem(step, STAGES), place(step)
+            slot, chunk = lax.rem(step, stages), place(step)
             rows = pl.ds(chunk * CHUNK, CHUNK)
             for source, tile in zip(sources, tiles, strict=True):
                 width = values if source is sources[-1] else pl.ds(head * key_size, key_size)
@@ -73,9 +77,9 @@ def walk(
             plgpu.copy_gmem_to_smem(gates_hbm.at[lane, chunk], gates_tile.at[slot], loaded.at[slot])
 
         def one_chunk(step, state):
-            slot, chunk = lax.rem(step, STAGES), place(step)
+            slot, chunk, side = lax.rem(step, stages), place(step), lax.rem(step, 2)
             plgpu.wait_smem_to_gmem(2, wait_read_only=True)
-            entering, out = state_tile.at[slot], out_tile.at[slot]
+            entering, out = state_tile.at[side], out_tile.at[side]
             entering[...] = state.astype(bfloat16)
             plgpu.barrier_wait(loaded.at[slot])
             *keyed, x = (tile.at[slot] for tile in tiles)
@@ -107,10 +111,10 @@ def walk(
             else:
                 (state,) = group.products(((k,), more_tile), add=(kept,))
             plgpu.commit_smem()
-            pl.when(step + STAGES < chunks)(lambda: load(step + STAGES))
+            pl.when(step + stages < chunks)(lambda: load(step + stages))
             return state
 
-        for step in range(min(STAGES, chunks)):
+        for step in range(min(stages, chunks)):
             load(jnp.int32(step))
         state = group.read(state_hbm.at[lane, :, own])
         last_hbm[lane, :, own] = lax.fori_loop(0, chunks, one_chunk, state)
@@ -124,13 +128,13 @@ def walk(
             compat.like(state_NKV.shape, float32, x_BTF),
         ),
         scratch_types=[
-            *[group.tile(STAGES, CHUNK, key_size, width=columns)] * len(keyed),
-            group.tile(STAGES, CHUNK, columns, width=columns),
-            plgpu.SMEM((STAGES, *gates_NMGC.shape[2:]), float32),
-            group.tile(STAGES, key_size, columns, width=columns),
-            group.tile(STAGES, CHUNK, columns, width=columns),
+            *[group.tile(stages, CHUNK, key_size, width=columns)] * len(keyed),
+            group.tile(stages, CHUNK, columns, width=columns),
+            plgpu.SMEM((stages, *gates_NMGC.shape[2:]), float32),
+            group.tile(2, key_size, columns, width=columns),
+            group.tile(2, CHUNK, columns, width=columns),
             group.tile(CHUNK, columns, width=columns),
-            plgpu.Barrier(num_arrivals=count + 1, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=count + 1, num_barriers=stages),
         ],
         grid=(lanes, value_size // columns),
         grid_names=("lane", "column"),

@@ -2,13 +2,13 @@
 
 Forward is one walk. So is each gradient: with cotangents dO and dS' the same sums are
 
-    dq_i = scale (sum_{j <= i} pair_ij (do_i . v_j) k_j + enter_i S do_i)          a, b, c = do, v, k
-    dv_j = scale (sum_{i >= j} pair_ij (k_j . q_i) do_i + leave_j R_T k_j)         a, b, c = k, q, do
-    dk_j = scale (sum_{i >= j} pair_ij (v_j . do_i) q_i + leave_j R v_j)           a, b, c = v, do, q
+    dq_i = scale (sum_{j <= i} pair_ij (do_i . v_j) k_j + enter_i S do_i)       a, b, c = do, v, k
+    dv_j = scale (sum_{i >= j} pair_ij (k_j . q_i) do_i + leave_j RT k_j)       a, b, c = k, q, do
+    dk_j = scale (sum_{i >= j} pair_ij (v_j . do_i) q_i + leave_j R v_j)        a, b, c = v, do, q
 
-where R = dS' / scale and the last two walk backward. The decay's gradient is in `gate_gradient`.
-Where lanes are few, each is cut in segments that are walked at once, from states that a first walk
-over keys and values alone has summed.
+where R = dS' / scale, and the last two walk backward. With q_i . dq_i = o_i . do_i and k_j . dk_j =
+v_j . dv_j, `chunk_gates_gpu` sums the gradient of the decay. Where lanes are few, each is cut in
+segments that are walked at once, from states that a first walk over keys and values has summed.
 """
 
 from functools import partial
