@@ -1,7 +1,7 @@
 """Time flash-linear-attention's Triton kernels, to compare with `python -m pallas_kernels.bench`.
 
-    python experiments/kernels/flash_linear_attention.py warm RANK RANKS OPS   # optional, side by side
-    python experiments/kernels/flash_linear_attention.py time FILE.json OPS
+    python flash_linear_attention.py warm RANK RANKS OPS  # optional, side by side
+    python flash_linear_attention.py time FILE.json OPS
 
 OPS: simple_gla,gated_delta. `warm` compiles one of RANKS parts of the configurations that its tuner
 tries; `time` tunes (with the median of five runs each; configurations of one or eight warps are
@@ -56,7 +56,7 @@ import fla.ops.common.chunk_o  # noqa: E402  after the tuner has been changed
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # noqa: E402
 from fla.ops.simple_gla import chunk_simple_gla  # noqa: E402
 
-# It refuses gated backward passes on Hopper with Triton 3.4 to 3.7.0, whose results are wrong there.
+# On Hopper it refuses gated backward passes with Triton 3.4 to 3.7.0, since their results are wrong.
 # Times are wanted alone.
 fla.ops.common.chunk_o.TRITON_ABOVE_3_7_1 = True
 
