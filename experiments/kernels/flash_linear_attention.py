@@ -56,7 +56,7 @@ import fla.ops.common.chunk_o  # noqa: E402  after the tuner has been changed
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # noqa: E402
 from fla.ops.simple_gla import chunk_simple_gla  # noqa: E402
 
-# On Hopper it refuses gated backward passes with Triton 3.4 to 3.7.0, since their results are wrong.
+# On Hopper it refuses gated backward passes with Triton 3.4 to 3.7.0: their results are wrong.
 # Times are wanted alone.
 fla.ops.common.chunk_o.TRITON_ABOVE_3_7_1 = True
 
