@@ -1,5 +1,7 @@
 """Numbers of tokens that the kernels for a Hopper GPU read, and the gradient of the decay."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -65,7 +67,7 @@ def gates_of(
 
 def _one_chunk(row_C: jax.Array, document_C: jax.Array) -> jax.Array:
     decay = tile_math.decay_of(row_C[None], document_C[None], CHUNK)
-    columns = [decay.coarse_CK, decay.fine_CK, decay.document_C1]
+    columns: list[Any] = [decay.coarse_CK, decay.fine_CK, decay.document_C1]
     return jnp.concatenate([*columns, tile_math.enter(decay), tile_math.leave(decay)], 1).T
 
 

@@ -133,7 +133,7 @@ def walk(
     matrices = len(inputs)
     widths = [key_size] * (matrices - 1) + [COLUMNS]
     scratch: list[Any] = [group.tile(STAGES, CHUNK, width) for width in widths]
-    if gated:
+    if gates_NMGC is not None:
         inputs.append(gates_NMGC)
         scratch.append(plgpu.SMEM((STAGES, gates_NMGC.shape[2], CHUNK), float32))
     if reads:

@@ -5,6 +5,7 @@ interpreter of JAX 0.10 knows no layouts, no transposed operands and no accumula
 a value: there, the same products are plain ones.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -93,7 +94,9 @@ class Warpgroup:
         the left, or `(tile,)` for its transpose; more pairs that are added, as a list."""
         sums = [pair if isinstance(pair, list) else [pair] for pair in pairs]
         if self.interpreted:
-            out = tuple(sum(_simulated(*pair) for pair in pairs) for pairs in sums)
+            out = tuple(
+                functools.reduce(jnp.add, [_simulated(*pair) for pair in pairs]) for pairs in sums
+            )
             return tuple(x + y for x, y in zip(out, add, strict=True)) if add else out
 
         def multiply(*accumulators: Any) -> Any:
@@ -117,6 +120,6 @@ def _shape(operand: Any) -> tuple[int, ...]:
 
 def _simulated(left: Any, right: Any) -> jax.Array:
     contract = ((0 if isinstance(left, tuple) else 1,), (1 if isinstance(right, tuple) else 0,))
-    values = (x[0] if isinstance(x, tuple) else x for x in (left, right))
-    values = [x if isinstance(x, jax.Array) else x[...] for x in values]
-    return lax.dot_general(*values, (contract, ((), ())), preferred_element_type=jnp.float32)
+    tiles = [x[0] if isinstance(x, tuple) else x for x in (left, right)]
+    a, b = (x if isinstance(x, jax.Array) else x[...] for x in tiles)
+    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
