@@ -104,8 +104,8 @@ def decay_gradient(differences_BTH, log_decay_BTH, reset, ahead_BHS) -> jax.Arra
     if reset is not None:
         ends_BTH = ends_BTH | reset[..., None]
     terms, ends = in_chunks(differences_BTH), in_chunks(ends_BTH.astype(jnp.float32))
-    count = jnp.cumsum(ends, -1)  # of ends in the chunk, up to each token
     t, i = jnp.arange(CHUNK)[:, None], jnp.arange(CHUNK)[None, :]
+    count = jnp.matmul(ends, (t <= i).astype(jnp.float32))  # of ends in the chunk, up to each token
     near = (i >= t) & (count[..., None, :] == count[..., :, None])
     inside = jnp.sum(jnp.where(near, terms[..., None, :], 0), -1)
     head = jnp.sum(jnp.where(count == 0, terms, 0), -1)  # of a chunk, before its first end

@@ -32,25 +32,31 @@ def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _inverse(group: Warpgroup, strict_CC: jax.Array, tiles: Any) -> jax.Array:
-    """(I + A)^-1 for strictly lower triangular A, as `tile_math.unit_lower_inverse`."""
+    """(I + A)^-1 for strictly lower triangular A, as `tile_math.unit_lower_inverse`.
+
+    T holds the inverses of blocks on the diagonal. N being the blocks of A that link two of them,
+    T - T N T holds those of twice the size, and T N is T A where N is.
+    """
     i, j = group.places()
+    *solved, high, low = tiles
 
-    def link(level: int) -> jax.Array:
-        same = (i >> (level + 1)) == (j >> (level + 1))
-        below = same & (((i >> level) & 1) > ((j >> level) & 1))
-        return jnp.where(below, strict_CC, 0.0)
+    def links(level: Any) -> jax.Array:
+        """Pairs in one block of twice 2^level, but not in one of 2^level; those below it count."""
+        return ((i ^ j) >> level) == 1
 
-    def product(left: jax.Array, right: jax.Array, high: Any, low: Any) -> jax.Array:
-        high[...], low[...] = _parts(right)
+    def merge(level: jax.Array, inverse_CC: jax.Array) -> jax.Array:
+        a, b = _parts(inverse_CC)
+        solved[0][...], solved[1][...] = a, b
         group.gpu.commit_smem()
-        a, b = _parts(left)
-        return group.products([(a, high), (a, low), (b, high)])[0]
+        (left,) = group.products([(a, high), (a, low), (b, high)])
+        a, b = _parts(jnp.where(links(level), left, 0.0))
+        (step,) = group.products([(a, solved[0]), (a, solved[1]), (b, solved[0])])
+        group.gpu.commit_smem()
+        return inverse_CC - step
 
-    inverse_CC = (i == j).astype(jnp.float32) - link(0)
-    for level in range(1, CHUNK.bit_length() - 1):
-        right = product(link(level), inverse_CC, *tiles[:2])
-        inverse_CC = inverse_CC - product(inverse_CC, right, *tiles[2:])
-    return inverse_CC
+    high[...], low[...] = _parts(strict_CC)
+    pairs_CC = (i == j).astype(jnp.float32) - jnp.where(links(0), strict_CC, 0.0)
+    return lax.fori_loop(1, CHUNK.bit_length() - 1, merge, pairs_CC)
 
 
 def solve(
@@ -91,17 +97,20 @@ def solve(
         if solved_NMCC is None:
             (overlap,) = group.products((k, (k,)))
             strict = overlap * group.weights(gates, strict=True) * group.rows(gates, BETA, CHUNK)
-            inverse = _inverse(group, strict, tiles)
-            tiles[0][...] = inverse.astype(bfloat16)
-        else:
-            inverse = group.read(tiles[0]).astype(jnp.float32)
-        weighted = inverse * group.columns(gates, BETA)
-        (u,) = group.products((weighted.astype(bfloat16), v))
+            tiles[0][...] = _inverse(group, strict, tiles).astype(bfloat16)
+        beta, enter = (group.read(gates, x, layout=group.by_column) for x in (BETA, ENTER))
+
+        def times(factor, tile):
+            """T diag(factor) times a tile, left in the tile."""
+            across = lax.broadcast_in_dim(factor, (CHUNK, CHUNK), (1,))
+            weighted = group.read(tiles[0]).astype(jnp.float32) * across
+            (out,) = group.products((weighted.astype(bfloat16), tile))
+            plgpu.commit_smem()
+            tile[...] = out.astype(bfloat16)
+
         plgpu.commit_smem()
-        v[...] = u.astype(bfloat16)
-        (w,) = group.products(((weighted * group.columns(gates, ENTER)).astype(bfloat16), k))
-        plgpu.commit_smem()
-        k[...] = w.astype(bfloat16)
+        times(beta, v)
+        times(beta * enter, k)
         plgpu.commit_smem()
         if solved_NMCC is None:
             plgpu.copy_smem_to_gmem(tiles[0], solved_hbm.at[lane, chunk])
