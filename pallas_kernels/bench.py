@@ -10,13 +10,13 @@ longer, over the time taken.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ import numpy as np
 
 import pallas_kernels
 from pallas_kernels import dispatch
+from pallas_kernels.bench_inputs import Shape, abstract, draw, drawn_there, placed
 
 OPS = {name: getattr(pallas_kernels, name) for name in ("linear_attention", "delta_rule")}
 OPS["attention"] = pallas_kernels.attention
@@ -37,15 +38,6 @@ PEAKS = {
     "TPU v5 lite": (197e12, 0.82e12),
     "TPU v6 lite": (918e12, 1.64e12),
 }
-
-
-class Shape(NamedTuple):
-    op: str
-    batch: int
-    tokens: int
-    heads: int
-    size: int  # K = V
-    dtype: str
 
 
 class Row(NamedTuple):
@@ -62,45 +54,7 @@ class Row(NamedTuple):
     roof: str  # what binds both: flops or bytes
 
 
-def draw(shape: Shape, seed: int, tokens: int | None = None) -> dict[str, np.ndarray]:
-    """Arguments in float64, with one decay a head for the recurrences."""
-    normal = np.random.default_rng(seed).standard_normal
-    tokens = shape.tokens if tokens is None else tokens
-    batch, heads, size = shape.batch, shape.heads, shape.size
-    args = {name: normal((batch, tokens, heads, size)) for name in "qkv"}
-    if shape.op == "attention":
-        return args
-    args["k"] /= np.linalg.norm(args["k"], axis=-1, keepdims=True)
-    args["log_decay"] = -np.exp(normal((batch, tokens, heads)) - 3)
-    args["initial_state"] = normal((batch, heads, size, size))
-    if shape.op == "delta_rule":
-        args["beta"] = 1 / (1 + np.exp(-normal((batch, tokens, heads))))
-    return args
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def drawn_there(shape: Shape, seed: jax.Array) -> dict[str, jax.Array]:
-    """The same distribution, made on the device."""
-    key = jax.random.key(seed)
-    keys = dict(zip(("q", "k", "v", "log_decay", "beta"), jax.random.split(key, 5), strict=True))
-    sizes = (shape.batch, shape.tokens, shape.heads, shape.size)
-    args = {name: jax.random.normal(keys[name], sizes) for name in "qkv"}
-    if shape.op != "attention":
-        args["k"] /= jnp.linalg.norm(args["k"], axis=-1, keepdims=True)
-    args = {name: x.astype(shape.dtype) for name, x in args.items()}
-    if shape.op != "attention":
-        args["log_decay"] = -jnp.exp(jax.random.normal(keys["log_decay"], sizes[:3]) - 3)
-        args["initial_state"] = jnp.zeros((shape.batch, shape.heads, shape.size, shape.size))
-    if shape.op == "delta_rule":
-        args["beta"] = jax.nn.sigmoid(jax.random.normal(keys["beta"], sizes[:3]))
-    return args
-
-
-def placed(args: dict[str, np.ndarray], dtype: str) -> dict[str, jax.Array]:
-    return {n: jnp.asarray(x, dtype if n in "qkv" else jnp.float32) for n, x in args.items()}
-
-
-def calls(shape: Shape, impl: str) -> tuple[Callable, Callable]:
+def calls(shape: Shape, impl: str) -> tuple[Any, Any]:
     """Forward, and forward with every gradient."""
     settings: dict[str, Any] = {"impl": impl}
     if shape.op != "attention":
@@ -183,16 +137,26 @@ def peaks() -> tuple[float, float]:
     return flops, 8 * wide.size / seconds(copy, [{"x": wide}], 5)
 
 
-def measure(shape: Shape, impl: str, roofs: tuple[float, float], settings: Any) -> Row:
-    error, gradient_error = errors(shape, impl, settings.check_tokens)
+def compiled(shape: Shape, impl: str) -> list[Callable]:
+    """Forward, and forward with every gradient."""
+    return [call.trace(abstract(shape)).lower().compile() for call in calls(shape, impl)]
+
+
+def measure(
+    shape: Shape,
+    impl: str,
+    programs: list[Callable],
+    wrong: tuple[float, float],
+    roofs: tuple[float, float],
+    settings: Any,
+) -> Row:
     inputs = [drawn_there(shape, jnp.int32(seed)) for seed in range(settings.inputs)]
-    forward, both = (seconds(c, inputs, settings.repeats) for c in calls(shape, impl))
+    forward, both = (seconds(program, inputs, settings.repeats) for program in programs)
     least = [[amount / peak for amount, peak in zip(pass_, roofs)] for pass_ in work(shape)]
     return Row(
         shape,
         impl,
-        error,
-        gradient_error,
+        *wrong,
         1e3 * forward,
         1e3 * both,
         max(least[0]) / forward,
@@ -231,7 +195,8 @@ def parse(arguments: list[str] | None) -> Any:
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--repeats", type=int, default=5 if on_cpu else 10)
     parser.add_argument("--inputs", type=int, default=2)
-    parser.add_argument("--check-tokens", type=int, default=256)
+    parser.add_argument("--check-tokens", type=int, default=256 if on_cpu else 512)
+    parser.add_argument("--jobs", type=int, default=8, help="programs compiled side by side")
     parser.add_argument("--json", type=Path, help="file for the results")
     chosen = parser.parse_args(arguments)
     for name in chosen.ops:
@@ -245,22 +210,15 @@ def parse(arguments: list[str] | None) -> Any:
 
 def suits(shape: Shape, impl: str) -> str | None:
     """Why an implementation does not run this shape here; None if it does."""
-    args = {}
-    for name, x in placed(draw(shape, 0, 1), shape.dtype).items():
-        rest = x.shape[1:] if name == "initial_state" else (shape.tokens, *x.shape[2:])
-        args[name] = jax.ShapeDtypeStruct((shape.batch, *rest), x.dtype)
     try:
-        jax.eval_shape(calls(shape, impl)[0], args)
+        jax.eval_shape(calls(shape, impl)[0], abstract(shape))
     except ValueError as error:
         return str(error)
     return None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    settings = parse(arguments)
-    roofs, rows = peaks(), []
-    device = jax.devices()[0].device_kind
-    print(f"{device}: {roofs[0] / 1e12:.3g} TFLOP/s, {roofs[1] / 1e9:.3g} GB/s")
+def cases(settings: Any) -> Iterator[tuple[Shape, str]]:
+    """What runs here; what does not is said."""
     for op, tokens, heads, size in itertools.product(
         settings.ops, settings.tokens, settings.heads, settings.sizes
     ):
@@ -270,11 +228,31 @@ def main(arguments: list[str] | None = None) -> int:
             if impl not in dispatch.AVAILABLE[op]:
                 continue
             reason = suits(shape, impl)
-            if reason is not None:
+            if reason is None:
+                yield shape, impl
+            else:
                 print(f"{op:17} {impl:9} T={tokens:<6} not run: {reason}")
-                continue
-            rows.append(measure(shape, impl, roofs, settings))
-            print(show(rows[-1]), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    settings = parse(arguments)
+    roofs, rows = peaks(), []
+    device = jax.devices()[0].device_kind
+    print(f"{device}: {roofs[0] / 1e12:.3g} TFLOP/s, {roofs[1] / 1e9:.3g} GB/s")
+    found = list(cases(settings))
+
+    def small(shape: Shape) -> Shape:
+        return shape._replace(batch=1, tokens=min(settings.check_tokens, shape.tokens))
+
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        distinct = dict.fromkeys((small(shape), impl) for shape, impl in found)
+        checks = {case: pool.submit(errors, *case, case[0].tokens) for case in distinct}
+        programs = [pool.submit(compiled, *case) for case in found]
+    # All of it has ended: nothing compiles while a program is timed.
+    for (shape, impl), program in zip(found, programs, strict=True):
+        wrong = checks[small(shape), impl].result()
+        rows.append(measure(shape, impl, program.result(), wrong, roofs, settings))
+        print(show(rows[-1]), flush=True)
     if settings.json is not None:
         results = [row._asdict() | {"shape": row.shape._asdict()} for row in rows]
         report = {"device": device, "flops_per_s": roofs[0], "bytes_per_s": roofs[1]}
