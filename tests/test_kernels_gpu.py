@@ -13,7 +13,6 @@ import pytest
 from pallas_kernels import attention, compat, delta_rule, dispatch, linear_attention
 from pallas_kernels.attention import maintained
 from pallas_kernels.chunk_gates_gpu import decay_gradient
-from pallas_kernels.delta_rule import gpu_walk
 from pallas_kernels.linear_attention import gpu as linear_attention_gpu
 
 OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule}
@@ -74,15 +73,6 @@ def test_heads_that_share_keys_and_two_blocks_of_columns():
     with dispatch.target("gpu", interpreter=compat.gpu_interpreter()):
         got = linear_attention(**args, impl="gpu")
     assert_near(got, linear_attention(**args, impl="reference"), 0.01)
-
-
-def test_lanes_enough_give_outputs_in_the_walk_over_states(monkeypatch):
-    monkeypatch.setattr(gpu_walk, "BLOCKS", 1)
-    args = draw("delta_rule")
-    assert kernels_in(partial(call_of, "delta_rule", "gpu"), shapes(args)) == 2
-    with dispatch.target("gpu", interpreter=compat.gpu_interpreter(detect_races=True)):
-        got = delta_rule(**args, impl="gpu")
-    assert_near(got, delta_rule(**args, impl="reference"), 0.01)
 
 
 def test_the_decays_gradient_sums_only_what_no_end_separates():

@@ -18,7 +18,7 @@ from pallas_kernels import dispatch, lanes
 from pallas_kernels.chunk_gates_gpu import decay_gradient, flat, gates_of, heads_of, row_products
 from pallas_kernels.delta_rule.gpu_solve import solve, solve_gradient
 from pallas_kernels.delta_rule.gpu_tokens import tokens_of
-from pallas_kernels.delta_rule.gpu_walk import WIDEST, columns_of, walk
+from pallas_kernels.delta_rule.gpu_walk import walk
 
 ANCHOR = 8  # chunks; sums of the decay's gradient start anew behind so many
 
@@ -49,12 +49,8 @@ def _forward(scale, q, k, v, beta, log_decay, initial_state, reset):
     state = lanes.fold_state(initial_state, batch, heads, key_size, v.shape[-1], like=q)
     settings = {"heads": heads, "interpreter": dispatch.current_target().interpreter}
     u, w, solved = solve(k_, v_, gates, **settings)
-    if columns_of(*state.shape[::2]) == WIDEST:
-        walked = partial(walk, scale=scale, reverse=False, outputs=True, **settings)
-        o, last = walked([q_, k_, w], u, gates, state)
-    else:
-        d, states, last = _states(k_, u, w, gates, state, settings)
-        (o,) = tokens_of(q_, k_, d, states, gates, scale=scale, state_scale=scale, **settings)
+    d, states, last = _states(k_, u, w, gates, state, settings)
+    (o,) = tokens_of(q_, k_, d, states, gates, scale=scale, state_scale=scale, **settings)
     o = heads_of(o, heads, tokens)
     residuals = (q, k, v, beta, log_decay, initial_state, reset, gates, solved, o)
     return (o, last.reshape(batch, heads, key_size, -1)), residuals

@@ -6,8 +6,7 @@
 
 R is the cotangent of S', R_before that of S; the second walk goes from the last chunk to the first.
 A block of threads takes a lane and some columns of V: as few as give every processor a block, since
-chunks must wait for each other. Outputs of tokens are made elsewhere, of all chunks at once; but
-forward, and with lanes enough, in the same walk (`outputs`), which then writes neither D nor S.
+chunks must wait for each other. Outputs of tokens are made elsewhere, of all chunks at once.
 """
 
 from typing import Any
@@ -20,18 +19,15 @@ from pallas_kernels import compat
 from pallas_kernels.warpgroup_gpu import CHUNK, ENTER, LEAVE, Warpgroup
 
 BLOCKS = 128  # of threads, near one for each of 132 processors
-WIDEST = 64  # columns
 
 
-def stages_of(columns: int, blocks: int, *, outputs: bool) -> int:
-    """Chunks that are in memory at once: more where a block has a processor for itself."""
-    if columns < WIDEST:
-        return 4
-    return 1 if outputs and blocks >= 2 * BLOCKS else 2
+def stages_of(columns: int) -> int:
+    """Chunks that are loaded ahead: more where a block has a processor for itself."""
+    return 2 if columns == 64 else 4
 
 
 def columns_of(lanes: int, value_size: int) -> int:
-    return next((n for n in (WIDEST, 32) if lanes * (value_size // n) >= BLOCKS), 16)
+    return next((n for n in (64, 32) if lanes * (value_size // n) >= BLOCKS), 16)
 
 
 def walk(
@@ -43,14 +39,12 @@ def walk(
     heads: int,
     scale: float,
     reverse: bool,
-    outputs: bool = False,
     interpreter: Any,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """D (reverse: -dD) `[B, T, H V]` and S (reverse: R) of each chunk `[N, M, K, V]`, bfloat16, and
     the last state (reverse: the cotangent of the first) `[N, K, V]`, float32.
 
-    `keyed` is K, W (reverse or `outputs`: Q, K, W) and x is U (reverse: dO). With `outputs`, O and
-    the last state.
+    `keyed` is K, W (reverse: Q, K, W) and x is U (reverse: dO).
     """
     group = Warpgroup(interpreter)
     pl, plgpu = group.pl, group.gpu
@@ -58,19 +52,14 @@ def walk(
     lanes, key_size, value_size = state_NKV.shape
     chunks, columns = tokens // CHUNK, columns_of(lanes, value_size)
     bfloat16, float32 = jnp.bfloat16, jnp.float32
-    inputs, blocks = [*keyed, x_BTF], lanes * (value_size // columns)
-    stages = stages_of(columns, blocks, outputs=outputs)
+    inputs, stages = [*keyed, x_BTF], stages_of(columns)
     count = len(inputs)
 
     def kernel(*refs):
-        sources, (gates_hbm, state_hbm), rest = (
-            refs[:count],
-            refs[count : count + 2],
-            refs[count + 2 :],
-        )
-        out_hbm, *states_hbm, last_hbm = rest[: len(out_type)]
-        tiles, rest = rest[len(out_type) :][:count], rest[len(out_type) + count :]
-        gates_tile, state_tile, out_tile, more_tile, loaded = rest
+        sources, (gates_hbm, state_hbm) = refs[:count], refs[count : count + 2]
+        out_hbm, states_hbm, last_hbm = refs[count + 2 : count + 5]
+        tiles = refs[count + 5 : 2 * count + 5]
+        gates_tile, state_tile, out_tile, more_tile, loaded = refs[2 * count + 5 :]
         lane, column = lax.axis_index("lane"), lax.axis_index("column") * columns
         row, head = lax.div(lane, heads), lax.rem(lane, heads)
         own = pl.ds(column, columns)
@@ -87,21 +76,18 @@ def walk(
                 plgpu.copy_gmem_to_smem(source.at[row, rows, width], tile.at[slot], loaded.at[slot])
             plgpu.copy_gmem_to_smem(gates_hbm.at[lane, chunk], gates_tile.at[slot], loaded.at[slot])
 
-        def store(out, chunk):
-            rows = pl.ds(chunk * CHUNK, CHUNK)
-            plgpu.copy_smem_to_gmem(out, out_hbm.at[row, rows, values])
-
         def one_chunk(step, state):
             slot, chunk, side = lax.rem(step, stages), place(step), lax.rem(step, 2)
-            plgpu.wait_smem_to_gmem(1 if outputs else 2, wait_read_only=True)
-            entering, out = state_tile.at[0 if outputs else side], out_tile.at[side]
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)
+            entering, out = state_tile.at[side], out_tile.at[side]
             entering[...] = state.astype(bfloat16)
             plgpu.barrier_wait(loaded.at[slot])
             *keyed, x = (tile.at[slot] for tile in tiles)
             gates = gates_tile.at[slot]
             plgpu.commit_smem()
-            if not outputs:
-                plgpu.copy_smem_to_gmem(entering, states_hbm[0].at[lane, chunk, :, own])
+            plgpu.copy_smem_to_gmem(entering, states_hbm.at[lane, chunk, :, own])
+            kept = state * gates[ENTER, CHUNK - 1]
+            given = group.read(x).astype(float32)
             if reverse:
                 q, k, w = keyed
                 scores, read = group.products((k, (q,)), (k, entering))
@@ -109,30 +95,17 @@ def walk(
                 read = read * group.rows(gates, LEAVE, columns)
                 (d,) = group.products((scores.astype(bfloat16), x), add=(read,))
                 out[...] = (-d).astype(bfloat16)
-                given = group.read(x).astype(float32)
                 more_tile[...] = (given * group.rows(gates, ENTER, columns) * scale).astype(
                     bfloat16
                 )
             else:
-                *queries, k, w = keyed
+                k, w = keyed
                 (less,) = group.products((w, entering))
-                d = group.read(x).astype(float32) - less
+                d = given - less
                 out[...] = d.astype(bfloat16)
                 more_tile[...] = (d * group.rows(gates, LEAVE, columns)).astype(bfloat16)
             plgpu.commit_smem()
-            kept = state * gates[ENTER, CHUNK - 1]
-            if outputs:
-                scores, read = group.products((queries[0], (k,)), (queries[0], entering))
-                scores = (scores * group.weights(gates)).astype(bfloat16)
-                read = read * group.rows(gates, ENTER, columns)
-                o, state = group.products((scores, out), ((k,), more_tile), add=(read, kept))
-                plgpu.commit_smem()
-                out[...] = (o * scale).astype(bfloat16)
-                plgpu.commit_smem()
-                store(out, chunk)
-                pl.when(step + stages < chunks)(lambda: load(step + stages))
-                return state
-            store(out, chunk)
+            plgpu.copy_smem_to_gmem(out, out_hbm.at[row, pl.ds(chunk * CHUNK, CHUNK), values])
             if reverse:
                 (state,) = group.products([((q,), more_tile), ((w,), out)], add=(kept,))
             else:
@@ -147,18 +120,18 @@ def walk(
         last_hbm[lane, :, own] = lax.fori_loop(0, chunks, one_chunk, state)
         plgpu.wait_smem_to_gmem(0)
 
-    out_type = [compat.like(x_BTF.shape, bfloat16, x_BTF)]
-    if not outputs:
-        out_type.append(compat.like((lanes, chunks, key_size, value_size), bfloat16, x_BTF))
-    out_type.append(compat.like(state_NKV.shape, float32, x_BTF))
     return plgpu.kernel(
         kernel,
-        out_type=tuple(out_type),
+        out_type=(
+            compat.like(x_BTF.shape, bfloat16, x_BTF),
+            compat.like((lanes, chunks, key_size, value_size), bfloat16, x_BTF),
+            compat.like(state_NKV.shape, float32, x_BTF),
+        ),
         scratch_types=[
             *[group.tile(stages, CHUNK, key_size, width=columns)] * len(keyed),
             group.tile(stages, CHUNK, columns, width=columns),
             plgpu.SMEM((stages, *gates_NMGC.shape[2:]), float32),
-            group.tile(1 if outputs else 2, key_size, columns, width=columns),
+            group.tile(2, key_size, columns, width=columns),
             group.tile(2, CHUNK, columns, width=columns),
             group.tile(CHUNK, columns, width=columns),
             plgpu.Barrier(num_arrivals=count + 1, num_barriers=stages),
