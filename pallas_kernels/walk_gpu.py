@@ -10,7 +10,7 @@ its chunks: tiles come by TMA, `STAGES` chunks ahead; products are wgmma; S stay
 float32, and its bfloat16 copy in shared memory is what products read.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,37 @@ COLUMNS = 64  # of values: with more, the state of K = 128 does not fit the regi
 STAGES = 2
 
 
+class Heads(NamedTuple):
+    """A lane is a part of K and a part of V of a head: no sum of the recurrence joins them.
+
+    o is the sum of the parts of K. Heads of a group share queries and keys.
+    """
+
+    heads: int
+    groups: int
+    key_parts: int = 1
+    value_parts: int = 1
+
+    @property
+    def lanes(self) -> int:
+        return self.heads * self.key_parts * self.value_parts
+
+    def head(self, lane: jax.Array) -> jax.Array:
+        return lax.div(lane, self.key_parts * self.value_parts)
+
+    def slots(self, role: str) -> int:
+        """Parts side by side in the last axis of queries and keys ("k"), or of values ("v")."""
+        return self.groups * self.key_parts if role == "k" else self.heads * self.value_parts
+
+    def slot(self, lane: jax.Array, role: str) -> jax.Array:
+        """Which of them a lane reads."""
+        head = self.head(lane)
+        if role == "v":
+            return head * self.value_parts + lax.rem(lane, self.value_parts)
+        part = lax.rem(lax.div(lane, self.value_parts), self.key_parts)
+        return lax.div(head, self.heads // self.groups) * self.key_parts + part
+
+
 def walk(
     a_BTF: jax.Array | None,
     b_BTF: jax.Array,
@@ -30,22 +61,25 @@ def walk(
     gates_NMGC: jax.Array | None,
     state_NSKV: jax.Array | None,
     *,
-    heads: tuple[int, int, int, int],
+    heads: Heads,
+    roles: str,
     segments: int,
     scale: float,
     reverse: bool = False,
     interpreter: Any = None,
 ) -> tuple[jax.Array | None, jax.Array]:
-    """o `[B, T, H V]` bfloat16, and the state after each segment `[N, S, K, V]`, float32.
+    """o `[B, T, lanes V]` bfloat16, and the state after each segment `[N, S, K, V]`, float32.
 
-    a, b, c: bfloat16, heads side by side in the last axis; `heads` are those of a, b, c and o (N =
-    B H lanes). T is whole chunks. Without `a` there is no o; without a state it is zero.
+    a, b, c: bfloat16, parts of heads side by side in the last axis; `roles` tells of each whether
+    it is one of queries and keys (k) or of values (v). K and V are the sizes of a part of b and c.
+    T is whole chunks. Without `a` there is no o; without a state it is zero.
     """
     group = Warpgroup(interpreter)
     pl, plgpu = group.pl, group.gpu
     batch, tokens, _ = b_BTF.shape
-    count = heads[3]
-    key_size, value_size = b_BTF.shape[2] // heads[1], c_BTF.shape[2] // heads[2]
+    key_size, value_size = (
+        x.shape[2] // heads.slots(role) for x, role in zip((b_BTF, c_BTF), roles[-2:])
+    )
     chunks = tokens // CHUNK
     per_segment = -(-chunks // segments)
     bfloat16, float32 = jnp.bfloat16, jnp.float32
@@ -61,7 +95,8 @@ def walk(
         gates_tile = tiles.pop(matrices) if gated else None
         unit, column = lax.axis_index("unit"), lax.axis_index("column") * COLUMNS
         lane, segment = lax.div(unit, segments), lax.rem(unit, segments)
-        row, head = lax.div(lane, count), lax.rem(lane, count)
+        row, part = lax.div(lane, heads.lanes), lax.rem(lane, heads.lanes)
+        gates_lane = row * heads.heads + heads.head(part)
         first = segment * per_segment
         last = jnp.minimum(first + per_segment, chunks)
         own = pl.ds(column, COLUMNS)
@@ -72,17 +107,15 @@ def walk(
         def load(step):
             slot, chunk = lax.rem(step, STAGES), place(step)
             rows = pl.ds(chunk * CHUNK, CHUNK)
-            for index, (source, tile) in enumerate(zip(sources, tiles, strict=True)):
-                of = heads[index + 3 - matrices]
-                size = source.shape[2] // of
-                start = lax.div(head, count // of) * size
-                width = (
-                    pl.ds(start + column, COLUMNS) if index == matrices - 1 else pl.ds(start, size)
-                )
+            for source, tile, role in zip(sources, tiles, roles, strict=True):
+                size = source.shape[2] // heads.slots(role)
+                start = heads.slot(part, role) * size
+                of_values = source is sources[-1]
+                width = pl.ds(start + column, COLUMNS) if of_values else pl.ds(start, size)
                 plgpu.copy_gmem_to_smem(source.at[row, rows, width], tile.at[slot], loaded.at[slot])
             if gated:
                 plgpu.copy_gmem_to_smem(
-                    gates_hbm.at[lane, chunk], gates_tile.at[slot], loaded.at[slot]
+                    gates_hbm.at[gates_lane, chunk], gates_tile.at[slot], loaded.at[slot]
                 )
 
         def one_chunk(step, state):
@@ -112,7 +145,7 @@ def walk(
                 (state,) = group.products(((keys,), writes), add=(kept,))
             plgpu.commit_smem()
             if reads:
-                width = pl.ds(head * value_size + column, COLUMNS)
+                width = pl.ds(part * value_size + column, COLUMNS)
                 rows = pl.ds(chunk * CHUNK, CHUNK)
                 plgpu.copy_smem_to_gmem(value_tile, o_hbm.at[row, rows, width])
             pl.when(step + STAGES < last - first)(lambda: load(step + STAGES))
@@ -140,13 +173,13 @@ def walk(
         scratch.append(group.tile(key_size, COLUMNS))
     scratch.append(group.tile(CHUNK, COLUMNS))
     scratch.append(plgpu.Barrier(num_arrivals=matrices + gated, num_barriers=STAGES))
-    lanes = batch * count
+    lanes = batch * heads.lanes
     state_shape = (lanes * segments, key_size, value_size)
     if state_NSKV is not None:
         inputs.append(state_NSKV.reshape(state_shape))
     out_type = [compat.like(state_shape, float32, b_BTF)]
     if reads:
-        out_type.insert(0, compat.like((batch, tokens, count * value_size), bfloat16, b_BTF))
+        out_type.insert(0, compat.like((batch, tokens, heads.lanes * value_size), bfloat16, b_BTF))
     *o, states = plgpu.kernel(
         kernel,
         out_type=tuple(out_type),

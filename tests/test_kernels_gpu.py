@@ -44,9 +44,13 @@ def assert_near(got, want, part):
 def outputs_and_gradients(op, args, reset, impl):
     """Of random cotangents: o and the last state, and every gradient."""
     normal = np.random.default_rng(1).standard_normal
-    out, pull = jax.vjp(lambda args: OPS[op](**args, reset=reset, impl=impl), args)
-    cotangents = [jnp.asarray(normal(x.shape), x.dtype) for x in out]
-    return out, pull(tuple(cotangents))[0]
+
+    @jax.jit
+    def run(args):
+        out, pull = jax.vjp(lambda args: OPS[op](**args, reset=reset, impl=impl), args)
+        return out, pull(tuple(jnp.asarray(normal(x.shape), x.dtype) for x in out))[0]
+
+    return run(args)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -65,14 +69,24 @@ def test_interpreted_chunks_equal_the_token_loop_without_a_race(op, monkeypatch)
         assert_near(got_gradients[name], want_gradients[name], 0.01)
 
 
-def test_heads_that_share_keys_and_two_blocks_of_columns():
-    args = draw("linear_attention", size=64, tokens=64)
-    args |= {name: args[name][:, :, :1] for name in "qk"}
-    args["v"] = jnp.concatenate([args["v"], -2 * args["v"]], -1)
-    args["initial_state"] = None
+def test_heads_that_share_keys_in_parts():
+    normal = np.random.default_rng(0).standard_normal
+    sizes = {"q": (1, 192), "k": (1, 192), "v": (2, 192)}
+    args = {n: jnp.asarray(normal((1, 40, *size)) / 8, jnp.bfloat16) for n, size in sizes.items()}
+    args["log_decay"] = jnp.asarray(-np.exp(normal((1, 40, 2)) - 2), jnp.float32)
+    args["initial_state"] = jnp.asarray(normal((1, 2, 192, 192)), jnp.float32)
     with dispatch.target("gpu", interpreter=compat.gpu_interpreter()):
-        got = linear_attention(**args, impl="gpu")
-    assert_near(got, linear_attention(**args, impl="reference"), 0.01)
+        got, got_gradients = outputs_and_gradients("linear_attention", args, None, "gpu")
+    want, want_gradients = outputs_and_gradients("linear_attention", args, None, "reference")
+    assert_near(got, want, 0.01)
+    for name in args:
+        assert_near(got_gradients[name], want_gradients[name], 0.01)
+
+
+def test_the_delta_rules_sizes_are_refused_by_name():
+    args = {name: jnp.ones((1, 64, 1, 256), jnp.bfloat16) for name in "qkv"}
+    with dispatch.target("gpu"), pytest.raises(ValueError, match="K=256 must be one of"):
+        delta_rule(**args, beta=jnp.ones((1, 64, 1)), impl="gpu")
 
 
 def test_the_decays_gradient_sums_only_what_no_end_separates():
@@ -145,8 +159,8 @@ def test_few_lanes_are_cut_in_segments():
 
 
 REFUSED = {
-    "K=32 must be one of": {name: jnp.ones((1, 64, 1, 32), jnp.bfloat16) for name in "qkv"},
-    "V=32 must be one of": {"v": jnp.ones((1, 64, 1, 32), jnp.bfloat16)},
+    "K=32 must be a multiple of 64": {n: jnp.ones((1, 64, 1, 32), jnp.bfloat16) for n in "qkv"},
+    "V=96 must be a multiple of 64": {"v": jnp.ones((1, 64, 1, 96), jnp.bfloat16)},
     "q has dtype float32; it must be bfloat16": {"q": jnp.ones((1, 64, 1, 64))},
     "log_decay must be None or one a head": {"log_decay": -jnp.ones((1, 64, 1, 64))},
     "scale=0 has no cotangent": {"scale": 0.0},

@@ -3,9 +3,10 @@
 import jax
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import chunk_gates_gpu, dispatch, validate
+from pallas_kernels import dispatch, validate
 from pallas_kernels.delta_rule.chunked import delta_rule_chunked
 from pallas_kernels.delta_rule.gpu import delta_rule_gpu
+from pallas_kernels.delta_rule.gpu import unfit as gpu_unfit
 from pallas_kernels.delta_rule.reference import delta_rule_reference
 from pallas_kernels.delta_rule.tpu import delta_rule_tpu
 from pallas_kernels.delta_rule.tpu import unfit as tpu_unfit
@@ -75,7 +76,7 @@ def delta_rule(
     validate.check_log_decay(OP, log_decay)
     unfit = {
         "tpu": lambda: tpu_unfit(q, k, v, chunk=chunk),
-        "gpu": lambda: chunk_gates_gpu.unfit(q, k, v, log_decay),
+        "gpu": lambda: gpu_unfit(q, k, v, log_decay),
     }
     chosen = dispatch.resolve(OP, impl, unfit)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -14,13 +14,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, lanes
+from pallas_kernels import chunk_gates_gpu, dispatch, lanes
 from pallas_kernels.chunk_gates_gpu import decay_gradient, flat, gates_of, heads_of, row_products
 from pallas_kernels.delta_rule.gpu_solve import solve, solve_gradient
 from pallas_kernels.delta_rule.gpu_tokens import tokens_of
 from pallas_kernels.delta_rule.gpu_walk import walk
+from pallas_kernels.warpgroup_gpu import SIZES
 
 ANCHOR = 8  # chunks; sums of the decay's gradient start anew behind so many
+
+
+def unfit(q, k, v, log_decay) -> str | None:
+    """Why the kernels cannot take a call."""
+    for name, x in (("K", q), ("V", v)):
+        if x.shape[-1] not in SIZES:
+            return f"{name}={x.shape[-1]} must be one of {SIZES}"
+    return chunk_gates_gpu.unfit(q, k, v, log_decay)
 
 
 def delta_rule_gpu(q, k, v, beta, log_decay, initial_state, reset, *, scale, chunk):

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import chunk_gates_gpu, dispatch, lanes
-from pallas_kernels.chunk_gates_gpu import decay_gradient, flat, gates_of, heads_of, row_products
-from pallas_kernels.walk_gpu import COLUMNS, walk
+from pallas_kernels.chunk_gates_gpu import decay_gradient, flat, gates_of, row_products
+from pallas_kernels.walk_gpu import COLUMNS, Heads, walk
 from pallas_kernels.warpgroup_gpu import CHUNK, ENTER
 
 BLOCKS = 528  # of threads: four for each of 132 processors, which hold two at a time
@@ -36,8 +36,17 @@ def linear_attention_gpu(q, k, v, log_decay, initial_state, reset, *, scale, chu
 
 def unfit(q, k, v, log_decay, *, scale: float | None) -> str | None:
     """Why the kernel cannot take a call."""
+    for name, x in (("K", q), ("V", v)):
+        if x.shape[-1] % 64:
+            return f"{name}={x.shape[-1]} must be a multiple of 64"
     reason = chunk_gates_gpu.unfit(q, k, v, log_decay)
     return "scale=0 has no cotangent of the state" if scale == 0 and reason is None else reason
+
+
+def heads_in_parts(q, v) -> Heads:
+    """Parts of 128 channels, or of 64."""
+    parts = (x.shape[3] // (64 if x.shape[3] % 128 else 128) for x in (q, v))
+    return Heads(v.shape[2], q.shape[2], *parts)
 
 
 def segments_of(lanes_: int, chunks: int, value_size: int) -> int:
@@ -47,15 +56,16 @@ def segments_of(lanes_: int, chunks: int, value_size: int) -> int:
     return -(-chunks // -(-chunks // segments))
 
 
-def _through(gates, count, segments):
+def _through(gates, batch, heads: Heads, segments):
     """Factor on a state that crosses a segment, `[N, S]`."""
     if gates is None:
-        return jnp.ones((count, segments), jnp.float32)
+        return jnp.ones((batch * heads.lanes, segments), jnp.float32)
     through_NM = gates[:, :, ENTER, -1]
     per_segment = -(-through_NM.shape[1] // segments)
     rest = segments * per_segment - through_NM.shape[1]
     through_NM = jnp.pad(through_NM, ((0, 0), (0, rest)), constant_values=1)
-    return jnp.prod(through_NM.reshape(count, segments, per_segment), -1)
+    through_NS = jnp.prod(through_NM.reshape(-1, segments, per_segment), -1)
+    return jnp.repeat(through_NS, heads.lanes // heads.heads, 0)
 
 
 def _starts(increments_NSKV, through_NS, state_NKV, *, reverse):
@@ -76,72 +86,91 @@ def _starts(increments_NSKV, through_NS, state_NKV, *, reverse):
     return starts[:, ::-1] if reverse else starts
 
 
+def _to_parts(state_BHKV, heads: Heads):
+    """`[B, H, K, V]` to lanes of parts `[N, k, v]`."""
+    batch, count, key_size, value_size = state_BHKV.shape
+    k, v = heads.key_parts, heads.value_parts
+    parts = state_BHKV.astype(jnp.float32).reshape(batch, count, k, key_size // k, v, -1)
+    return jnp.swapaxes(parts, 3, 4).reshape(batch * heads.lanes, key_size // k, value_size // v)
+
+
+def _from_parts(state_NKV, heads: Heads):
+    _, key_size, value_size = state_NKV.shape
+    k, v = heads.key_parts, heads.value_parts
+    parts = state_NKV.reshape(-1, heads.heads, k, v, key_size, value_size)
+    return jnp.swapaxes(parts, 3, 4).reshape(-1, heads.heads, k * key_size, v * value_size)
+
+
+def _joined(x_BLF, heads: Heads, tokens: int, role: str):
+    """Sums over what a role does not tell apart: `[B, T, H, V]` ("v") or `[B, T, G, K]` ("k")."""
+    share = heads.heads // heads.groups
+    shape = (heads.groups, share, heads.key_parts, heads.value_parts)
+    over = [n for n, length in ((3, share), (5, shape[3])) if length > 1] if role == "k" else []
+    if role == "v" and heads.key_parts > 1:
+        over = [4]
+    x = x_BLF.reshape(*x_BLF.shape[:2], *shape, -1)[:, :tokens]
+    if over:
+        x = jnp.sum(x, over, dtype=jnp.float32).astype(x_BLF.dtype)
+    return x.reshape(*x.shape[:2], heads.groups if role == "k" else heads.heads, -1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(scale, *inputs):
     return _forward(scale, *inputs)[0]
 
 
 def _forward(scale, q, k, v, log_decay, initial_state, reset):
-    batch, tokens, groups, key_size = q.shape
-    heads, value_size = v.shape[2:]
-    interpreter = dispatch.current_target().interpreter
+    batch, tokens, _, key_size = q.shape
+    value_size = v.shape[3]
+    heads = heads_in_parts(q, v)
     q_, k_, v_ = (flat(x) for x in (q, k, v))
-    gates = gates_of(log_decay, reset, batch, heads, q_.shape[1])
-    state = lanes.fold_state(initial_state, batch, heads, key_size, value_size, like=q)
-    segments = segments_of(batch * heads, q_.shape[1] // CHUNK, value_size)
-    run = partial(walk, segments=segments, interpreter=interpreter)
+    gates = gates_of(log_decay, reset, batch, heads.heads, q_.shape[1])
+    state = lanes.fold_state(initial_state, batch, heads.heads, key_size, value_size, like=q)
+    state = _to_parts(state.reshape(batch, heads.heads, key_size, value_size), heads)
+    segments = segments_of(len(state), q_.shape[1] // CHUNK, state.shape[2])
+    interpreter = dispatch.current_target().interpreter
+    run = partial(walk, heads=heads, segments=segments, interpreter=interpreter)
     added = None
     if segments > 1:
-        sizes = (groups, groups, heads, heads)
-        _, added = run(None, k_, v_, gates, None, heads=sizes, scale=1.0)
-    starts = _starts(added, _through(gates, batch * heads, segments), state, reverse=False)
-    o, ends = run(q_, k_, v_, gates, starts, heads=(groups, groups, heads, heads), scale=scale)
-    last = ends[:, -1].reshape(batch, heads, key_size, value_size)
-    o = heads_of(o, heads, tokens).astype(q.dtype)
-    return (o, last), (q, k, v, log_decay, initial_state, reset, gates, o, starts, ends)
+        _, added = run(None, k_, v_, gates, None, roles="kv", scale=1.0)
+    through = _through(gates, batch, heads, segments)
+    starts = _starts(added, through, state, reverse=False)
+    o, ends = run(q_, k_, v_, gates, starts, roles="kkv", scale=scale)
+    o = _joined(o, heads, tokens, "v").astype(q.dtype)
+    residuals = (q, k, v, log_decay, initial_state, reset, gates, o, starts, ends)
+    return (o, _from_parts(ends[:, -1], heads)), residuals
 
 
 def _backward(scale, residuals, cotangents):
     q, k, v, log_decay, initial_state, reset, gates, o, starts, ends = residuals
     d_o, d_last = cotangents
-    batch, tokens, groups, _ = q.shape
-    heads = v.shape[2]
+    batch, tokens = q.shape[:2]
+    heads, segments = heads_in_parts(q, v), starts.shape[1]
     q_, k_, v_, d_o_ = (flat(x) for x in (q, k, v, d_o.astype(q.dtype)))
-    segments = starts.shape[1]
-    run = partial(walk, segments=segments, interpreter=dispatch.current_target().interpreter)
+    interpreter = dispatch.current_target().interpreter
+    run = partial(walk, heads=heads, segments=segments, scale=scale, interpreter=interpreter)
     swap = partial(jnp.swapaxes, axis1=-1, axis2=-2)
 
-    d_q, _ = run(
-        d_o_, v_, k_, gates, swap(starts), heads=(heads, heads, groups, heads), scale=scale
-    )
-    from_last = d_last.astype(jnp.float32).reshape(batch * heads, *d_last.shape[2:]) / scale
-    sizes, added = (groups, groups, heads, heads), None
+    d_q, _ = run(d_o_, v_, k_, gates, swap(starts), roles="vvk")
+    added = None
     if segments > 1:
-        _, added = run(None, q_, d_o_, gates, None, heads=sizes, scale=1.0, reverse=True)
-    through = _through(gates, batch * heads, segments)
-    d_ends = _starts(added, through, from_last, reverse=True)
-    d_v, d_starts = run(k_, q_, d_o_, gates, d_ends, heads=sizes, scale=scale, reverse=True)
-    sizes = (heads, heads, groups, heads)
-    d_k, _ = run(v_, d_o_, q_, gates, swap(d_ends), heads=sizes, scale=scale, reverse=True)
+        _, added = run(None, q_, d_o_, gates, None, roles="kv", reverse=True)
+    through = _through(gates, batch, heads, segments)
+    d_ends = _starts(added, through, _to_parts(d_last, heads) / scale, reverse=True)
+    d_v, d_starts = run(k_, q_, d_o_, gates, d_ends, roles="kkv", reverse=True)
+    d_k, _ = run(v_, d_o_, q_, gates, swap(d_ends), roles="vvk", reverse=True)
+    d_q, d_k = (_joined(x, heads, tokens, "k") for x in (d_q, d_k))
+    d_v = _joined(d_v, heads, tokens, "v")
 
-    d_q, d_k, d_v = (heads_of(x, heads, tokens) for x in (d_q, d_k, d_v))
     d_log_decay = d_initial = None
     if log_decay is not None:
         along = row_products(d_o, o) - row_products(d_v, v)
-        ahead = scale * jnp.sum(ends * d_ends, (-1, -2)).reshape(batch, heads, segments)
+        ahead = scale * jnp.sum(ends * d_ends, (-1, -2))
+        ahead = jnp.sum(ahead.reshape(batch, heads.heads, -1, segments), 2)
         d_log_decay = decay_gradient(along, log_decay, reset, ahead)
     if initial_state is not None:
-        d_initial = (
-            (scale * d_starts[:, 0]).reshape(initial_state.shape).astype(initial_state.dtype)
-        )
-
-    def by_group(x):
-        shape = (batch, tokens, groups, heads // groups, -1)
-        return (
-            jnp.sum(x.reshape(shape), 3, dtype=jnp.float32).astype(x.dtype) if groups < heads else x
-        )
-
-    return by_group(d_q), by_group(d_k), d_v, d_log_decay, d_initial, None
+        d_initial = _from_parts(scale * d_starts[:, 0], heads).astype(initial_state.dtype)
+    return d_q, d_k, d_v, d_log_decay, d_initial, None
 
 
 _attention.defvjp(_forward, _backward)
