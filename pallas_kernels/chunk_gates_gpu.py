@@ -20,6 +20,10 @@ def unfit(q, k, v, log_decay) -> str | None:
             return f"{name} has dtype {x.dtype}; it must be bfloat16"
     if log_decay is not None and log_decay.ndim == 4:
         return "log_decay must be None or one a head"
+    if jax.default_backend() == "gpu":
+        capability = jax.local_devices()[0].compute_capability
+        if capability != "9.0":
+            return f"its instructions are those of compute capability 9.0, not {capability}"
     return None
 
 

@@ -4,6 +4,7 @@ Operands of products are bfloat16: 8 bits, 0.4% a rounding, a few roundings deep
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,16 @@ def test_heads_that_share_keys_in_parts():
     assert_near(got, want, 0.01)
     for name in args:
         assert_near(got_gradients[name], want_gradients[name], 0.01)
+
+
+@pytest.mark.parametrize("capability, chosen", [("9.0", "gpu"), ("8.0", "xla"), ("10.0", "xla")])
+def test_only_a_hopper_card_runs_the_kernels(capability, chosen, monkeypatch):
+    card = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [card])
+    q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
+    unfit = {"gpu": partial(linear_attention_gpu.unfit, q, q, q, None, scale=None)}
+    assert dispatch.resolve("linear_attention", "auto", unfit) == chosen
 
 
 def test_the_delta_rules_sizes_are_refused_by_name():
