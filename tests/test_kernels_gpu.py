@@ -100,6 +100,16 @@ def test_the_delta_rules_sizes_are_refused_by_name():
         delta_rule(**args, beta=jnp.ones((1, 64, 1)), impl="gpu")
 
 
+def test_the_delta_rule_with_three_parts_of_values():
+    args = draw("delta_rule", tokens=40)
+    args["v"] = jnp.concatenate([args["v"], -2 * args["v"], args["v"][:, ::-1]], -1)
+    state = args["initial_state"]
+    args["initial_state"] = jnp.concatenate([state, state[..., ::-1], -state], -1)
+    with dispatch.target("gpu", interpreter=compat.gpu_interpreter()):
+        got = delta_rule(**args, impl="gpu")
+    assert_near(got, delta_rule(**args, impl="reference"), 0.01)
+
+
 def test_the_decays_gradient_sums_only_what_no_end_separates():
     """Against sums one by one: ends are resets and decays so strong that nothing crosses them."""
     normal = np.random.default_rng(0).standard_normal

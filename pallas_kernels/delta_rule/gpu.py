@@ -26,9 +26,10 @@ ANCHOR = 8  # chunks; sums of the decay's gradient start anew behind so many
 
 def unfit(q, k, v, log_decay) -> str | None:
     """Why the kernels cannot take a call."""
-    for name, x in (("K", q), ("V", v)):
-        if x.shape[-1] not in SIZES:
-            return f"{name}={x.shape[-1]} must be one of {SIZES}"
+    if q.shape[-1] not in SIZES:
+        return f"K={q.shape[-1]} must be one of {SIZES}"
+    if v.shape[-1] % 64:
+        return f"V={v.shape[-1]} must be a multiple of 64"
     return chunk_gates_gpu.unfit(q, k, v, log_decay)
 
 
@@ -39,7 +40,27 @@ def delta_rule_gpu(q, k, v, beta, log_decay, initial_state, reset, *, scale, chu
     64 tokens, whatever `chunk` is.
     """
     del chunk
-    return _delta_rule(float(scale), q, k, v, beta, log_decay, initial_state, reset)
+    heads, value_size = v.shape[2:]
+    parts = value_size // (64 if value_size % 128 else 128)
+    if parts > 1:  # columns of the state never meet: each part is a head with the same keys
+        by_head = (q, k, beta, log_decay)
+        q, k, beta, log_decay = (
+            None if x is None else jnp.repeat(x, parts, axis=2) for x in by_head
+        )
+        v = v.reshape(*v.shape[:2], heads * parts, -1)
+    if parts > 1 and initial_state is not None:
+        initial_state = _in_parts(initial_state, parts)
+    o, last = _delta_rule(float(scale), q, k, v, beta, log_decay, initial_state, reset)
+    if parts > 1:
+        last = jnp.swapaxes(last.reshape(len(last), heads, parts, *last.shape[2:]), 2, 3)
+    return o.reshape(*o.shape[:2], heads, -1), last.reshape(*last.shape[:3], -1)
+
+
+def _in_parts(state_BHKV, parts: int):
+    """`[B, H, K, V]` to `[B, H parts, K, V / parts]`."""
+    batch, heads, key_size, _ = state_BHKV.shape
+    state = jnp.swapaxes(state_BHKV.reshape(batch, heads, key_size, parts, -1), 2, 3)
+    return state.reshape(batch, heads * parts, key_size, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
