@@ -1,8 +1,8 @@
 """The losses side by side: python experiments/backbones/table.py runs/backbones
 
-Prints the table of finished points and writes losses.json and loss.png beside this file. Train loss
-is the mean of the last 50 steps' records, held-out loss that of 100,000 bytes of the validation
-split, read in order with the memory carried.
+Prints the table of finished points and writes losses.json and loss.png beside this file; what
+losses.json holds of other points stays. Train loss is the mean of the last 50 steps' records,
+held-out loss that of 100,000 bytes of the validation split, read in order with the memory carried.
 """
 
 import json
@@ -31,7 +31,8 @@ COLOURS = {
     "control": "tab:gray",
 }
 FAMILIES = {
-    "attention": ("attention", "attention_window"),
+    "attention": ("attention", "attention_window", "all_attention", "compressive", "landmark")
+    + ("memorizing", "transformer_xl"),
     "delta rule": ("deltanet", "gated_deltanet", "mom"),
     "state space": ("mamba", "mamba2", "rg_lru"),
     "hybrid": ("based", "griffin", "samba", "jamba", "mamba2_attention", "gated_deltanet_h1")
@@ -64,7 +65,7 @@ def read(sweep: Path) -> dict:
             "steps": [record["step"] for record in records],
             "losses": [round(record["loss"], 4) for record in records],
         }
-    return dict(sorted(points.items(), key=lambda item: item[1]["held_out_loss"]))
+    return points
 
 
 def table(points: dict) -> str:
@@ -95,7 +96,12 @@ def draw(points: dict, out: Path) -> None:
 
 
 def main() -> None:
-    here, points = Path(__file__).parent, read(Path(sys.argv[1]))
+    here = Path(__file__).parent
+    known = (
+        json.loads((here / "losses.json").read_text()) if (here / "losses.json").exists() else {}
+    )
+    points = known | read(Path(sys.argv[1]))
+    points = dict(sorted(points.items(), key=lambda item: item[1]["held_out_loss"]))
     (here / "losses.json").write_text(json.dumps(points, indent=1) + "\n")
     draw(points, here / "loss.png")
     print(table(points))
