@@ -4,6 +4,7 @@ Inside the chunked implementations arrays are `[N, B, H, C, ...]`: the chunk axi
 scan over states needs no further transpose.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -120,7 +121,33 @@ def decayed_products(a_NBHCK: jax.Array, b_NBHCK: jax.Array, decay: ChunkDecay) 
     coarse, fine = decay.coarse_NBHCK[..., 0], decay.fine_NBHCK[..., 0]
     gap = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
     visible = _earlier_of_document(a_NBHCK.shape[-2], decay.document_NB1C)
-    return rows_dot_rows(a_NBHCK, b_NBHCK) * jnp.exp(jnp.where(visible, gap, -jnp.inf))
+    weight = jnp.exp(jnp.where(visible, gap, -jnp.inf))
+    return _shared(rows_dot_rows(a_NBHCK, b_NBHCK), weight.shape[-3]) * weight
+
+
+def _shared(x_1CC: jax.Array, heads: int) -> jax.Array:
+    """Products that heads share, once for each of them; as they are where they do not."""
+    return _once_each(x_1CC, heads) if x_1CC.shape[-3] < heads else x_1CC
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _once_each(x_1CC: jax.Array, heads: int) -> jax.Array:
+    return jnp.broadcast_to(x_1CC, (*x_1CC.shape[:-3], heads, *x_1CC.shape[-2:]))
+
+
+def _sum_of_heads(heads: int, _: None, g_HCC: jax.Array) -> tuple[jax.Array]:
+    """Slice by slice on a CPU: XLA sums over other axes than the last twenty times as slowly."""
+
+    def by_slices(g_HCC: jax.Array) -> jax.Array:
+        return sum(g_HCC[..., h : h + 1, :, :] for h in range(heads))
+
+    def plain(g_HCC: jax.Array) -> jax.Array:
+        return jnp.sum(g_HCC, -3, keepdims=True)
+
+    return (lax.platform_dependent(g_HCC, cpu=by_slices, default=plain),)
+
+
+_once_each.defvjp(lambda x_1CC, heads: (_once_each(x_1CC, heads), None), _sum_of_heads)
 
 
 def _earlier_of_document(length: int, document: jax.Array | None) -> jax.Array:

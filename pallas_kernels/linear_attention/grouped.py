@@ -34,8 +34,10 @@ def linear_attention_grouped(q, k, v, log_decay, initial_state, reset, *, scale,
 
     written_NBGCF = (v_NBGCF * by_value(gates.leave_NBHCK)).astype(v.dtype)
     increment_NBGKF = products.columns_dot_columns(k_NBGCK, written_NBGCF)
-    through_NBG1F = by_value(gates.through_NBHK1)
-    state_BGKF, entering_NBGKF = _states(state_BGKF, through_NBG1F, increment_NBGKF)
+    through_NBGR = jnp.broadcast_to(
+        gates.through_NBHK1[..., 0, 0], (*k_NBGCK.shape[:3], heads // groups)
+    )
+    state_BGKF, entering_NBGKF = _states(state_BGKF, through_NBGR, increment_NBGKF)
 
     read_NBGCF = products.dot(q_NBGCK, entering_NBGKF.astype(q.dtype))
     scores_NBGRCC = chunks.decayed_products(q_NBGCK[:, :, :, None], k_NBGCK[:, :, :, None], decay)
@@ -78,11 +80,45 @@ def _weigh(scores_NBGRCC: jax.Array, v_NBGCRV: jax.Array) -> jax.Array:
     )
 
 
-def _states(state_BGKF, through_NBG1F, increment_NBGKF):
-    """The state after the last chunk, and the states that enter each."""
+@jax.custom_vjp
+def _states(state_BGKF, through_NBGR, increment_NBGKF):
+    """The state after the last chunk, and the states that enter each.
+
+    The backward pass scans the cotangent of the state alone. The gradient of a decay is summed over
+    its values first: sums over other axes than the last are ten times as slow in XLA on CPU.
+    """
 
     def one_chunk(state_BGKF, gate_and_increment):
-        through_BG1F, increment_BGKF = gate_and_increment
-        return through_BG1F * state_BGKF + increment_BGKF, state_BGKF
+        through_BGR, increment_BGKF = gate_and_increment
+        return _decay(through_BGR, state_BGKF) + increment_BGKF, state_BGKF
 
-    return lax.scan(one_chunk, state_BGKF, (through_NBG1F, increment_NBGKF))
+    return lax.scan(one_chunk, state_BGKF, (through_NBGR, increment_NBGKF))
+
+
+def _decay(through_BGR: jax.Array, state_BGKF: jax.Array) -> jax.Array:
+    values = state_BGKF.shape[-1] // through_BGR.shape[-1]
+    return jnp.repeat(through_BGR, values, -1)[..., None, :] * state_BGKF
+
+
+def _states_forward(state_BGKF, through_NBGR, increment_NBGKF):
+    out = _states(state_BGKF, through_NBGR, increment_NBGKF)
+    return out, (through_NBGR, out[1])
+
+
+def _states_backward(residuals, cotangents):
+    through_NBGR, entering_NBGKF = residuals
+    d_state_BGKF, d_entering_NBGKF = cotangents
+
+    def one_chunk(d_next_BGKF, xs):
+        through_BGR, d_entering_BGKF = xs
+        return _decay(through_BGR, d_next_BGKF) + d_entering_BGKF, d_next_BGKF
+
+    d_state_BGKF, d_next_NBGKF = lax.scan(
+        one_chunk, d_state_BGKF, (through_NBGR, d_entering_NBGKF), reverse=True
+    )
+    shape = (*entering_NBGKF.shape[:-1], through_NBGR.shape[-1], -1)
+    d_through_NBGKR = jnp.sum((entering_NBGKF * d_next_NBGKF).reshape(shape), -1)
+    return d_state_BGKF, jnp.sum(d_through_NBGKR, -2), d_next_NBGKF
+
+
+_states.defvjp(_states_forward, _states_backward)
