@@ -9,7 +9,9 @@ import difflib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 
 from memjax import __version__
@@ -18,6 +20,9 @@ from memjax.commands.base import make_parser, refuse_unknown
 from memjax.config import ConfigError
 from memjax.distributed import leave
 from memjax.platform import enable_compilation_cache, restart_with_fast_allocator
+
+INTERRUPTED = 130
+AGAIN_S = 0.05
 
 
 def _overview() -> str:
@@ -74,12 +79,21 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         print("memjax: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+
+
+def _lost(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Python ignores what a finaliser raises, a Ctrl-C that came just then too: send it again."""
+    if unraisable.exc_type is KeyboardInterrupt:  # later: this function could do no more than raise
+        threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def entry() -> None:
     """The console script."""
     restart_with_fast_allocator()
+    sys.unraisablehook = _lost
     # Orbax logs the traceback of an error that it also raises, and that `main` tells in one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
@@ -88,4 +102,8 @@ def entry() -> None:
         traceback.print_exc()
         status = 1
     leave(status)
+    if status == INTERRUPTED:  # threads of XLA that compile or compute may crash a slow end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)

@@ -9,6 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 Row = Mapping[str, Any]
+Part = Table | str
+"""What is printed: a table, or a line beside one."""
+SHOWN_ROWS = 40
+WIDE = 1000
+"""Columns of a pipe or a file: whoever reads it wants names whole."""
 
 
 def number(value: Any) -> str:
@@ -18,7 +23,7 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
     return str(value)
 
 
@@ -35,7 +40,7 @@ def pairs(title: str, values: Row) -> Table:
     """One name and value a line."""
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in values.items():
         table.add_row(name, number(value))
     return table
@@ -121,13 +126,22 @@ def _bench(result: Row) -> list[Table]:
 
 
 def _data(result: Row) -> list[Table]:
-    tables = [pairs("Data", _flat(result))]
-    return tables + [pairs(k, v) for k, v in result.items() if isinstance(v, dict)]
+    """The source, and a row a split; digests and paths of the cache are for programs."""
+    head = pairs("Data", _flat(result))
+    if "splits" not in result:
+        return [head, pairs("Task", result["task"])]
+    splits = [{"split": name, **_counts(split)} for name, split in result["splits"].items()]
+    return [head, rows("Splits", splits)]
 
 
-def _eval(result: Row) -> list[Table]:
-    tables = [pairs("Evaluation", _flat(result))]
-    return tables + [pairs(k, v) for k, v in result.items() if isinstance(v, dict)]
+def _counts(split: Row) -> Row:
+    return {key: value for key, value in split.items() if not isinstance(value, str)}
+
+
+def _eval(result: Row) -> list[Part]:
+    tables: list[Part] = [pairs("Evaluation", _flat(result))]
+    tables += [pairs(k, v) for k, v in result.items() if isinstance(v, dict)]
+    return tables + [f"note: {note}" for note in result.get("notes", [])]
 
 
 def short(value: float | None) -> str:
@@ -153,13 +167,6 @@ def changed(values: Row) -> str:
     """old -> new of each field; the last part of its path stands for it."""
     pairs = ((key.rpartition(".")[2], old, new) for key, (old, new) in values.items())
     return ", ".join(f"{name} {number(old)} -> {number(new)}" for name, old, new in pairs)
-
-
-SHOWN_ROWS = 40
-WIDE = 1000
-"""Columns of a pipe or a file: whoever reads it wants names whole."""
-Part = Table | str
-"""What is printed: a table, or a line above one."""
 
 
 def _sweep(result: Row) -> list[Part]:
@@ -212,8 +219,14 @@ def _planned(result: Row) -> list[Part]:
     if result["flops_per_s"] is not None:
         speed = f"{short(result['flops_per_s'])}FLOP/s ({result['basis']})"
         total += f", {hours(result['hours'])} one after another at {speed}"
-    matched = {row["point"]: changed(row["matched"]) for row in points if row["matched"]}
-    lines = [f"  {point}: {change}" for point, change in matched.items()]
+    alike: dict[str, list[str]] = {}
+    for row in points:
+        if row["matched"]:
+            alike.setdefault(changed(row["matched"]), []).append(row["point"])
+    lines = [
+        f"  {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {change}"
+        for change, names in alike.items()
+    ]
     return [total, rows("", table), *(["matched:", *lines] if lines else [])]
 
 

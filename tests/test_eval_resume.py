@@ -125,4 +125,6 @@ def test_the_command_says_how_far_it_came(batches, tmp_path, capfd):
     err = capfd.readouterr().err
     assert "stopping: saves after this batch" in err
     assert "SIGINT: scored" in err and "run the same command to go on" in err
-    assert main(["eval", f"--workdir={tmp_path}"]) == 0
+    assert main(["eval", f"--workdir={tmp_path}", "--max-documents=2"]) == 0
+    out = capfd.readouterr().out
+    assert "note: only the start of the split was scored" in out

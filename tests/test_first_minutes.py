@@ -93,6 +93,32 @@ def test_a_reader_that_goes_away_is_no_error():
     assert done.stdout.splitlines()[-1] == "0" and not done.stderr
 
 
+LOST = """
+import signal, sys, time
+from memjax import cli
+from memjax.commands.base import Command
+
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)  # Python ignores what a finaliser raises
+
+def command(arguments, rest):
+    Dying()
+    time.sleep(60)
+
+cli.COMMANDS["list"] = Command("waits", lambda parser: None, command)
+sys.argv = ["memjax", "list"]
+cli.entry()
+"""
+
+
+def test_ctrl_c_is_not_lost_and_is_one_line():
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "memjax: interrupted\n")
+    assert time.monotonic() - start < 50
+
+
 def test_field_paths_are_those_of_the_config_and_of_every_mixer():
     paths = field_paths(Experiment)
     assert len(paths) == len(set(paths))

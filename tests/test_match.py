@@ -12,6 +12,8 @@ from memjax.data import Data
 from memjax.describe import describe
 from memjax.experiment import Experiment
 from memjax.match import Match, match, quantity
+from memjax.match.fields import candidates, read, with_value
+from memjax.memory import MEMORIES, RecurrentTokens
 from memjax.mixers import Attention, GatedDeltaNet, LinearAttention
 from memjax.model import Model
 
@@ -75,6 +77,46 @@ def test_pairs_of_kinds_are_matched_within_one_per_cent(by, kind, other):
     found = match(tiny(kind), VOCABULARY, target, Match(by=by))
     told = describe(found.experiment, VOCABULARY)[KEYS[by]]
     assert told == found.value and abs(told - target) <= 0.01 * target
+
+
+ATTACHED = sorted(kind for kind in MEMORIES if (CONFIGS / f"{kind}_tiny.py").is_file())
+
+
+@pytest.mark.parametrize("kind", ATTACHED)
+def test_what_is_solved_for_in_a_model_with_a_memory_are_fields_that_it_uses(kind):
+    config = tiny(kind)
+    for by in ("params", "state"):
+        fields = candidates(config, by)
+        assert any(field.startswith("model.memory.") for field in fields) or kind == "infini"
+        for field in fields:
+            value = read(config, field)
+            assert value is None or with_value(config, field, value) == config
+    unused = {"transformer_xl": "context", "infini": "window"}.get(kind)
+    assert f"model.mixers.attention.{unused}" not in fields
+
+
+@pytest.mark.parametrize(
+    ("kind", "by", "other", "changed"),
+    [
+        ("recurrent", "state", "gated_deltanet", "model.memory.slots"),
+        ("transformer_xl", "state", "gated_deltanet", "model.memory.memory"),
+        ("armt", "state", "gated_deltanet", "model.memory.memory_size"),
+        ("lm2", "params", "mamba", "model.d_model"),
+        ("compressive", "flops", "gla", "model.d_model"),
+        ("product_keys", "params", "mamba", "model.memory.keys"),
+    ],
+)
+def test_models_with_a_memory_are_matched_within_one_per_cent(kind, by, other, changed):
+    if kind == "recurrent":
+        model = dataclasses.replace(tiny("armt").model, memory=RecurrentTokens(slots=8, segment=64))
+        config = dataclasses.replace(tiny("armt"), model=model)
+    else:
+        config = tiny(kind)
+    target = describe(tiny(other), VOCABULARY)[KEYS[by]]
+    found = match(config, VOCABULARY, target, Match(by=by))
+    told = describe(found.experiment, VOCABULARY)[KEYS[by]]
+    assert told == found.value and abs(told - target) <= 0.01 * target
+    assert changed in found.changed
 
 
 def test_steps_too_coarse_for_one_field_are_met_by_two_and_both_are_told():

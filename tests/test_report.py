@@ -116,12 +116,13 @@ def test_a_report_shows_what_the_runs_recorded(tmp_path):
         assert row["loss"] == records[-1]["loss"]
         assert row["valid loss"] == records[-1]["eval_loss"]
         assert (row["model.d_model"], row["train.seed"]) == (width, seed)
-        assert row["pg19 test stream 64: word ppl"] == 50 + seed
+        assert row["word ppl"] == 50 + seed
         assert row["tokens/s"] == 2000.0 and row["goodput"] == 0.5
     assert (by_name["a"]["state"], by_name["b"]["state"]) == ("done", "stopped")
     best = min((a, b), key=lambda records: records[-1]["eval_loss"])
     assert f"best loss</dt><dd>{best[-1]['eval_loss']:.4f}" in text
     assert "goodput</dt><dd>50%" in text
+    assert "<p>Evaluated: pg19, test, stream, context 64, state carried</p>" in text
     assert "running mean over 2 records" in text  # of ten
 
 
@@ -150,6 +151,23 @@ def test_seeds_are_put_together_and_failures_are_told(tmp_path):
     assert "<title>Width &amp; seed</title>" in text
     assert 'failed</dt><dd><a href="#failures">1' in text and "<h2 id=failures>" in text
     assert "it &lt;b&gt;broke&lt;/b&gt;" in text and "the last words &amp; more" in text
+
+
+def test_evaluations_are_told_apart_by_what_differs_and_tasks_show_accuracy(tmp_path):
+    make_run(tmp_path / "a", 1)
+    kept = {"task": "pg19", "split": "test", "protocol": "stream", "context": 64, "step": 100}
+    zeroed = {**kept, "carry": False, "word_perplexity": 70.0, "bits_per_byte": 1.7}
+    (tmp_path / "a" / "eval" / "b.json").write_text(json.dumps(zeroed))
+    _, page = report(tmp_path)
+    (row,) = page.table(0)
+    assert row["state carried: word ppl"] == 51 and row["state zeroed: word ppl"] == 70
+    make_run(tmp_path / "b", 2, evaluated=False)
+    recall = {"task": "mqar", "split": "test", "context": 256, "accuracy": 0.75, "step": 100}
+    (tmp_path / "b" / "eval" / "a.json").write_text(json.dumps(recall))
+    _, page = report(tmp_path)
+    by_name = {row["run"]: row for row in page.table(1)}
+    assert by_name["b"]["mqar, context 256: accuracy"] == 0.75
+    assert by_name["a"]["pg19, stream, context 64, state zeroed: word ppl"] == 70
 
 
 def test_one_run_and_a_run_without_records_make_a_report(tmp_path):

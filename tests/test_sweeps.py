@@ -184,6 +184,8 @@ def test_a_sweep_file_without_a_sweep_is_refused_by_name(tmp_path):
         ("x = 1", "get_sweep"),
         ("def get_sweep(): return 3", "must return"),
         ("def get_sweep(): raise KeyError('lost')", "KeyError"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("def get_sweep(:", "SyntaxError"),
     ]:
         (tmp_path / "s.py").write_text(text)
         with pytest.raises(ConfigError, match=part):

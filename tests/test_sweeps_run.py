@@ -203,6 +203,20 @@ def test_a_killed_process_costs_its_point_alone_and_a_stopped_sweep_saves(file, 
     assert max(saved) >= step
 
 
+def test_a_point_that_cannot_write_says_so_and_harms_no_other(file, tmp_path, capfd):
+    directory = Directory(tmp_path / "full")
+    argv = ["sweep", f"--sweep={file}:broken", f"--workdir={directory.path}"]
+    with directory.locked():
+        directory.log(NAMES[0]).symlink_to("/dev/full")
+    assert main(argv) == 1
+    assert states(directory) == dict(zip(NAMES, ("failed", "failed", "done")))
+    err = capfd.readouterr().err
+    assert "error: OSError: [Errno 28] No space left on device" in err and "Traceback" not in err
+    directory.log(NAMES[0]).unlink()
+    assert main([*argv, "--json"]) == 1  # with room, all but the broken one are done
+    assert states(directory) == dict(zip(NAMES, ("done", "failed", "done")))
+
+
 def test_a_point_whose_process_is_gone_is_not_called_running(finished, tmp_path):
     directory = Directory(shutil.copytree(finished.path, tmp_path / "copy"))
     directory.mark(NAMES[0], state="running", host=socket.gethostname())

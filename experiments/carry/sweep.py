@@ -2,7 +2,7 @@
 
 Command:   memjax sweep --sweep=experiments/carry/sweep.py --config.data.path=BOOKS
 Hardware:  1 CPU core
-Duration:  a minute or two a point
+Duration:  about a minute a point
 Result:    experiments/carry
 """
 

@@ -11,16 +11,18 @@ Each is timed whole, from the start of its process to its end. Writes results.js
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from memjax.sweeps.directory import Directory
 
 HERE = Path(__file__).parent
-COMMANDS = 10
+COMMANDS = 5
 LOOP = """
 import sys
 from pathlib import Path
@@ -34,39 +36,53 @@ for file in sys.argv[2:]:
 """
 
 
-def timed(*command: object) -> float:
-    """Seconds of a process of this Python; what it prints is left out."""
-    start = time.perf_counter()
+class Time(NamedTuple):
+    """Seconds by the clock, and of processors (this process and those it started)."""
+
+    wall: float
+    cpu: float
+
+
+def timed(*command: object) -> Time:
+    """The time of a process of this Python; what it prints is left out."""
+    start, before = time.perf_counter(), _cpu()
     subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
-    return time.perf_counter() - start
+    return Time(time.perf_counter() - start, _cpu() - before)
 
 
-def measure(count: int, folder: Path) -> dict[str, float]:
-    """Seconds of each way."""
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure(count: int, folder: Path) -> dict[str, Time]:
+    """The time of each way."""
     sweep = f"--sweep={HERE / 'sweep.py'}:{count}"
     warm = f"--sweep={HERE / 'sweep.py'}:1"
     timed("-m", "memjax", "sweep", warm, f"--workdir={folder / 'warm'}")  # data, compilation cache
-    seconds = {"sweep": timed("-m", "memjax", "sweep", sweep, f"--workdir={folder / 'sweep'}")}
+    found = {"sweep": timed("-m", "memjax", "sweep", sweep, f"--workdir={folder / 'sweep'}")}
     directory = Directory(folder / "sweep")
     files = [directory.config(name) for name in directory.names()]
-    seconds["loop"] = timed("-c", LOOP, folder / "loop", *files)
+    found["loop"] = timed("-c", LOOP, folder / "loop", *files)
     each = [
         timed("-m", "memjax", "train", f"--config={f}", f"--workdir={folder / 'one' / f.stem}")
         for f in files[:COMMANDS]
     ]
-    seconds["commands"] = sum(each) / len(each) * count
-    inside = [directory.status(name)["seconds"] for name in directory.names()]
-    return {**seconds, "inside_points": sum(inside)}
+    found["commands"] = Time(*(sum(kind) * count / len(each) for kind in zip(*each)))
+    return found
 
 
 def main(count: int) -> None:
     """Measure, print, write."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("MEMJAX_CACHE", f"{folder}/cache")
-        seconds = measure(count, Path(folder))
-    result = {"points": count, **{f"{name}_s": value for name, value in seconds.items()}}
-    result["overhead_over_loop"] = seconds["sweep"] / seconds["loop"] - 1
-    result["outside_points"] = 1 - seconds["inside_points"] / seconds["sweep"]
+        found = measure(count, Path(folder))
+    result: dict[str, object] = {"points": count, "cores": len(os.sched_getaffinity(0))}
+    for name, time_of in found.items():
+        result[name] = {"wall_s": round(time_of.wall, 2), "cpu_s": round(time_of.cpu, 2)}
+    for kind in ("wall", "cpu"):
+        ratio = getattr(found["sweep"], kind) / getattr(found["loop"], kind)
+        result[f"overhead_over_loop_{kind}"] = round(ratio - 1, 4)
     print(json.dumps(result, indent=1))
     (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
 

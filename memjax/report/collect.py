@@ -1,7 +1,6 @@
 """Read runs from disk: configs, curves, evaluations, failures."""
 
 import dataclasses
-import json
 import os
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memjax.config import diff
+from memjax.report.evaluations import Evaluated, read_evals, read_json
 from memjax.sweeps.directory import DONE, FAILED, PLAN, STOPPED, WAITING, Directory
 from memjax.training.checkpoint import list_steps, read_meta
 from memjax.training.metrics import FILE, read_records
@@ -23,7 +23,7 @@ MOST_COLUMNS = 12
 class Run:
     """A run as a report shows it.
 
-    settings: what sets it apart from the others, by name. evals: protocol -> result.
+    settings: what sets it apart from the others, by name. evals: what was evaluated -> result.
     goodput: share of its wall time that went into training steps; compilation, data, evaluation,
     checkpoints and steps lost to interruptions are the rest.
     """
@@ -34,7 +34,7 @@ class Run:
     records: list[dict[str, Any]]
     state: str
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    evals: dict[Evaluated, dict[str, Any]] = dataclasses.field(default_factory=dict)
     params: int | None = None
     state_bytes: int | None = None
     error: str | None = None
@@ -123,10 +123,10 @@ def _read_run(folder: Path, root: Path, sweep: tuple[Directory, dict[str, Any]] 
     run = Run(
         name=str(folder.relative_to(root)) if folder != root else folder.absolute().name,
         path=folder,
-        config=_read_json(folder / CONFIG),
+        config=read_json(folder / CONFIG),
         records=read_records(metrics) if metrics.is_file() else [],
         state=WAITING,
-        evals=_read_evals(folder / "eval"),
+        evals=read_evals(folder / "eval"),
     )
     if sweep is None or folder.name not in sweep[1]:
         _judge(run)
@@ -166,7 +166,7 @@ def _never_began(sweeps: dict, seen: set[Path]) -> list[Run]:
             run = Run(
                 name=name,
                 path=directory.run(name),
-                config=_read_json(directory.config(name)),
+                config=read_json(directory.config(name)),
                 records=[],
                 state=status["state"],
                 settings=dict(point["labels"]),
@@ -177,32 +177,6 @@ def _never_began(sweeps: dict, seen: set[Path]) -> list[Run]:
             )
             missing.append(run)
     return missing
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _read_evals(folder: Path) -> dict[str, dict[str, Any]]:
-    """The newest result of each protocol, by a name that tells them apart."""
-    evals: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-        result = _read_json(path)
-        if "task" not in result:
-            continue
-        kept = (result.get(key) for key in ("task", "split", "protocol", "context"))
-        name = " ".join(str(value) for value in kept if value is not None)
-        if result.get("protocol") == "stream" and not result.get("carry"):
-            name += " zeroed"
-        if result.get("whole_split") is False:
-            name += f", first {result.get('documents')}"
-        if name not in evals or result.get("step", 0) >= evals[name].get("step", 0):
-            evals[name] = result
-    return evals
 
 
 def _set_apart(runs: Sequence[Run]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from memjax import __version__
 from memjax.report.collect import Run, by_setting
+from memjax.report.evaluations import Evaluated, tell_apart
 from memjax.report.figures import Figure
 from memjax.sweeps.directory import FAILED
 from memjax.tables import hours as duration
@@ -101,7 +102,7 @@ def _figures(figures: Sequence[Figure]) -> str:
 
 def _settings_table(runs: Sequence[Run]) -> str:
     """Mean and spread over seeds, if there are seeds."""
-    groups = by_setting(runs)
+    groups, (common, names) = by_setting(runs), _evaluations(runs)
     if not groups:
         return ""
     rows = []
@@ -112,14 +113,27 @@ def _settings_table(runs: Sequence[Run]) -> str:
             values = [v for run in members if (v := run.final(measure)) is not None]
             if values:
                 row |= _spread(shown, values)
-        for name in dict.fromkeys(name for run in members for name in run.evals):
+        for what, name in names.items():
             for measure, shown in EVALUATED.items():
-                found = [run.evals.get(name, {}).get(measure) for run in members]
+                found = [run.evals.get(what, {}).get(measure) for run in members]
                 values = [v for v in found if v is not None]
                 if values:
-                    row |= _spread(f"{name}: {shown}", values, number)
+                    row |= _spread(_column(name, shown), values, number)
         rows.append(row)
-    return f"<h2>By setting, over seeds</h2>{_table(rows)}"
+    return f"<h2>By setting, over seeds</h2>{_note(common)}{_table(rows)}"
+
+
+def _evaluations(runs: Sequence[Run]) -> tuple[str, dict[Evaluated, str]]:
+    return tell_apart(list(dict.fromkeys(what for run in runs for what in run.evals)))
+
+
+def _note(common: str) -> str:
+    """What holds for all columns of evaluations."""
+    return f"<p>Evaluated: {escape(common)}</p>" if common else ""
+
+
+def _column(name: str, measure: str) -> str:
+    return f"{name}: {measure}" if name else measure
 
 
 def _nats(value: float) -> str:
@@ -135,10 +149,12 @@ def _spread(
 
 
 def _runs_table(runs: Sequence[Run]) -> str:
-    return f"<h2>Runs</h2>{_table([_row(run) for run in runs], search=len(runs) > 10)}"
+    common, names = _evaluations(runs)
+    rows = [_row(run, names) for run in runs]
+    return f"<h2>Runs</h2>{_note(common)}{_table(rows, search=len(runs) > 10)}"
 
 
-def _row(run: Run) -> dict[str, Cell]:
+def _row(run: Run, names: dict[Evaluated, str]) -> dict[str, Cell]:
     row = {"run": Cell(run.name), "state": Cell(run.state)}
     row |= {key: Cell(_number(value)) for key, value in run.settings.items()}
     row["step"] = Cell(run.last.get("step"))
@@ -146,10 +162,10 @@ def _row(run: Run) -> dict[str, Cell]:
         value = run.final(measure)
         if value is not None:
             row[shown] = Cell(value, f"{value:.4f}")
-    for name, result in run.evals.items():
+    for what, name in names.items():
         for measure, shown in EVALUATED.items():
-            if measure in result:
-                row[f"{name}: {shown}"] = Cell(result[measure])
+            if measure in run.evals.get(what, {}):
+                row[_column(name, shown)] = Cell(run.evals[what][measure])
     row["params"] = Cell(run.params)
     if run.state_bytes is not None:
         row["state a sequence"] = Cell(run.state_bytes, size(run.state_bytes))

@@ -36,7 +36,7 @@ WAITING, RUNNING, DONE, FAILED, STOPPED, ENDED = (
     "stopped",  # by a signal: goes on where it was
     "ended early",  # by a rule of the sweep
 )
-LOG_TAIL = 12
+LOG_TAIL, LOG_BYTES = 12, 16_384
 
 
 class Directory:
@@ -186,8 +186,8 @@ class Directory:
         """The end of a point's log."""
         try:
             with open(self.log(name), "rb") as file:
-                file.seek(max(0, os.path.getsize(self.log(name)) - 16_384))
-                text = file.read().decode(errors="replace")
+                file.seek(max(0, os.path.getsize(self.log(name)) - LOG_BYTES))
+                text = file.read(LOG_BYTES).decode(errors="replace")
         except OSError:
             return []
         return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]

@@ -165,7 +165,7 @@ class Scheduler:
             worker.point = None
             if answer["state"] == FAILED and answer["status"] != MISTAKE:
                 self._drop(worker)  # the next point starts from a sound process
-            self._settle(answer["point"], answer["state"], answer["status"])
+            self._settle(answer["point"], answer["state"], answer["status"], answer["error"])
             return
         point, code = worker.point, worker.process.wait()
         self._drop(worker)
@@ -176,8 +176,9 @@ class Scheduler:
             return
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         state = STOPPED if self.stopping is not None else FAILED
-        self.sweep.mark(point, state=state, error=f"its process died ({how})")
-        self._settle(point, state, code)
+        error = f"its process died ({how})"
+        self.sweep.mark(point, state=state, error=error)
+        self._settle(point, state, code, error)
 
     def _drop(self, worker: Worker) -> None:
         assert worker.process.stdout is not None
@@ -185,7 +186,7 @@ class Scheduler:
         worker.close()
         del self.workers[worker.slot]
 
-    def _settle(self, point: str, state: str, status: int) -> None:
+    def _settle(self, point: str, state: str, status: int, error: str) -> None:
         if state == STOPPED and point in self.ending:
             state = ENDED
             self.sweep.mark(point, state=ENDED, error=None)
@@ -195,7 +196,7 @@ class Scheduler:
                 self.live.note(f"{point}: failed, trying again")
                 self.queue.appendleft(point)
                 return
-        self.live.settled(point, state)
+        self.live.settled(point, state, error)
         self.ended(point, state)
 
     def _look(self) -> None:

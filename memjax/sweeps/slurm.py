@@ -206,7 +206,7 @@ def _wait(directory: Directory) -> None:
                 if state == RUNNING:
                     live.progress(name, curves.last(name))
                 elif state != live.states[name]:
-                    live.settled(name, state)
+                    live.settled(name, state, directory.status(name).get("error") or "unknown")
             live.refresh()
             if not alive & set(jobs.values()):
                 return

@@ -111,7 +111,7 @@ def load_sweep(name: str) -> Sweep:
         sweep: Any = module.get_sweep(variant) if variant else module.get_sweep()
     except ConfigError as error:
         raise ConfigError(f"--sweep={name}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(f"--sweep={name}: cannot be loaded: {line}") from error
     if not isinstance(sweep, Sweep):

@@ -49,8 +49,8 @@ class Live:
         """The newest record of a running point."""
         self.at[point] = record
 
-    def settled(self, point: str, state: str) -> None:
-        """A point has ended."""
+    def settled(self, point: str, state: str, error: str) -> None:
+        """A point has ended, a failed one with this error."""
         self.states[point] = state
         self.at.pop(point, None)
         status = self.sweep.status(point)
@@ -60,12 +60,11 @@ class Live:
             f"{self._count()} {point}: {state} in {seconds:.1f} s  {'  '.join(values)}".rstrip()
         )
         if state == FAILED:
-            for line in self.failure(point):
+            for line in self.failure(point, error):
                 self.note(f"    {line}")
 
-    def failure(self, point: str) -> list[str]:
+    def failure(self, point: str, error: str) -> list[str]:
         """What a failed point said last, and where the rest is."""
-        error = self.sweep.status(point).get("error") or "unknown"
         lines = [line for line in self.sweep.last_lines(point, FAILURE_LINES) if error not in line]
         return [f"error: {error}", *lines, f"log: {self.sweep.log(point)}"]
 

@@ -30,6 +30,7 @@ from memjax.config import ConfigError
 from memjax.errors import Stopped, WorkError
 
 MISTAKE, FAILURE, IDLE = 2, 1, 75
+GROWTH = 1 << 30  # bytes
 EVALUATED = ("word_perplexity", "accuracy")
 
 
@@ -49,8 +50,8 @@ class Termination:
         raise Stopped(number, f"{signal.Signals(number).name}: nothing was in training")
 
 
-def run_point(folder: Path, name: str, first: bool = True) -> tuple[str, int]:
-    """Train a point and evaluate it: its state after, and the exit status to go with it.
+def run_point(folder: Path, name: str, first: bool = True) -> tuple[str, int, str]:
+    """Train a point and evaluate it: its state after, the exit status to go with it, and why.
 
     first: whether this process writes the status and evaluates. Never raises.
     """
@@ -83,16 +84,18 @@ def run_point(folder: Path, name: str, first: bool = True) -> tuple[str, int]:
     except ConfigError as failure:
         state, status, error, result = FAILED, MISTAKE, str(failure), {}
     except Exception as failure:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # a full disk takes no log
+            traceback.print_exc()
         state, status, result = FAILED, FAILURE, {}
         error = f"{type(failure).__name__}: {failure}".splitlines()[0]
     if error:
-        print(f"memjax: {'' if state == STOPPED else 'error: '}{error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"memjax: {'' if state == STOPPED else 'error: '}{error}", file=sys.stderr)
     if first:
-        with contextlib.suppress(ConfigError):  # a full disk: the log has the error
+        with contextlib.suppress(ConfigError):  # a full disk: the answer has the error
             seconds = sweep.status(name).get("seconds", 0.0) + time.time() - start
             sweep.mark(name, state=state, seconds=seconds, error=error or None, **result)
-    return state, status
+    return state, status, error
 
 
 def _train_and_evaluate(sweep: Any, name: str, experiment: Any, first: bool) -> dict[str, Any]:
@@ -118,12 +121,37 @@ def _told(values: dict[str, Any]) -> dict[str, Any]:
     return {key: values[key] for key in EVALUATED if key in values}
 
 
+class _Memory:
+    """What points leave behind. Compiled functions stay until the process has grown by GROWTH.
+
+    Many serve the next point too, and to drop and compile them took as long as a tiny point.
+    """
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+
+    def tidy(self) -> None:
+        """Call it after each point."""
+        import jax
+
+        gc.collect()
+        if self._first is None:
+            gc.freeze()  # modules are there to stay: later points need not look through them
+            self._first = self._resident()
+        elif self._resident() - self._first > GROWTH:
+            jax.clear_caches()
+            gc.collect()
+
+    @staticmethod
+    def _resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def serve(folder: Path, termination: Termination) -> int:
     """Train the points that standard input names; see the module."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    import jax
-
     names: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -134,18 +162,15 @@ def serve(folder: Path, termination: Termination) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=read, daemon=True).start()
-    frozen = False
+    memory = _Memory()
     while (name := names.get()) is not None:
         termination.busy = True
         with _output_to(folder / "logs" / f"{name}.log"):
-            state, status = run_point(folder, name)
-        jax.clear_caches()
-        gc.collect()
-        if not frozen:  # modules are there to stay: later points need not look through them
-            gc.freeze()
-            frozen = True
+            state, status, error = run_point(folder, name)
+        memory.tidy()
         termination.busy = False
-        replies.write(json.dumps({"point": name, "state": state, "status": status}) + "\n")
+        answer = {"point": name, "state": state, "status": status, "error": error}
+        replies.write(json.dumps(answer) + "\n")
     return 0
 
 
@@ -159,8 +184,9 @@ def _output_to(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):
+                    stream.flush()
             for number, old in zip((1, 2), kept):
                 os.dup2(old, number)
                 os.close(old)

@@ -49,13 +49,16 @@ class Bar(Report):
         )
         self._progress = Progress(*columns, console=self._console, refresh_per_second=4)
         self._task = self._progress.add_task("training", total=steps, shown="compiling")
-        self._eval = ""
+        self._compiling, self._eval = True, ""
 
     def start(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
         self._progress.start()
 
     def step(self, step: int) -> None:
+        if self._compiling:
+            self._compiling = False
+            self._progress.update(self._task, shown="")
         self._progress.update(self._task, completed=step)
 
     def record(self, record: dict[str, Any]) -> None:
