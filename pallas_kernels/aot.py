@@ -36,6 +36,7 @@ from pallas_kernels import (  # noqa: E402
     linear_attention,
     selective_scan,
 )
+from pallas_kernels.aot_cases import tpu_cases  # noqa: E402
 
 HOPPER = """
 gpu_device_info {
@@ -53,7 +54,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 SPILL_LIMIT = 8  # bytes a thread: an address or two, not an accumulator
-Case = tuple[str, Callable[[dict], Any], dict[str, jax.ShapeDtypeStruct]]
+Case = tuple[str, Callable[[dict], Any], dict[str, Any]]
 BATCH, TOKENS, HEADS = 1, 1024, 4
 
 
@@ -75,6 +76,8 @@ def cases(platform: str) -> Iterator[Case]:
             for name, rule in (("causal", {}), ("window", {"window": 300})):
                 args = {n: _shape((BATCH, TOKENS, h, size), kind) for n, h in zip("qkv", (4, 2, 2))}
                 yield f"attention {name} K={size}", _calling(attention, impl=impl, **rule), args
+        for name, op, args in tpu_cases():
+            yield name, _calling(op, impl=impl), args
 
 
 def _shape(sizes: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
@@ -107,11 +110,15 @@ def _calling(op: Callable[..., Any], **settings: Any) -> Callable[[dict], Any]:
     """Outputs and every gradient."""
 
     def step(args: dict) -> Any:
-        floating = {n: x for n, x in args.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        floating = {n: x for n, x in args.items() if _is_floating(x)}
         out, pull = jax.vjp(lambda floating: op(**(args | floating), **settings), floating)
         return out, pull(jax.tree.map(jnp.ones_like, out))
 
     return step
+
+
+def _is_floating(tree: Any) -> bool:
+    return all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(tree))
 
 
 def compile_all(target: str) -> int:
@@ -129,9 +136,9 @@ def compile_all(target: str) -> int:
     platform = "tpu" if kind == "tpu" else "gpu"
     failed = 0
     for name, call, args in cases(platform):
-        placed = {
-            n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in args.items()
-        }
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args
+        )
         seen = set(_DUMP.iterdir())
         start = time.perf_counter()
         try:

@@ -22,13 +22,13 @@ AVAILABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "delta_rule": ("reference", "xla", "tpu", "gpu"),
         "linear_attention": ("reference", "xla", "tpu", "gpu"),
         "mlstm": ("reference", "xla", "tpu"),
-        "diagonal_scan": ("reference", "xla"),
+        "diagonal_scan": ("reference", "xla", "tpu"),
         "ring_attention": ("xla", "rdma"),
-        "neural_memory": ("reference", "xla"),
+        "neural_memory": ("reference", "xla", "tpu"),
         "selective_scan": ("reference", "xla", "tpu"),
-        "taylor_attention": ("reference", "xla"),
-        "ttt_linear": ("reference", "xla"),
-        "ttt_mlp": ("reference", "xla"),
+        "taylor_attention": ("reference", "xla", "tpu"),
+        "ttt_linear": ("reference", "xla", "tpu"),
+        "ttt_mlp": ("reference", "xla", "tpu"),
     }
 )
 

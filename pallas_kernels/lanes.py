@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 SMALLEST_CHUNK = 16  # a tile of bfloat16 on a TPU has 16 rows
 LARGEST_CHUNK = 256
+VMEM_BYTES = 12 * 2**20
+CARRIES = 12  # copies of a carry in VMEM in the backward pass, two of each block that moves
 
 
 def chunk_unfit(chunk: int) -> str | None:
@@ -19,6 +21,18 @@ def dtype_unfit(**arrays: jax.Array | None) -> str | None:
     for name, x in arrays.items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} has dtype {x.dtype}, and the kernel takes float32 and bfloat16"
+    return None
+
+
+def vmem_unfit(carry: list[tuple[int, int]]) -> str | None:
+    """Why a kernel cannot hold carries of these `[rows, columns]`."""
+    tiled = [-(-rows // 8) * 8 * (-(-columns // 128) * 128) for rows, columns in carry]
+    needed = 4 * CARRIES * sum(tiled)
+    if needed > VMEM_BYTES:
+        return (
+            f"its state needs {needed >> 20} MiB of VMEM a head; at most {VMEM_BYTES >> 20} are "
+            "taken"
+        )
     return None
 
 

@@ -1,8 +1,23 @@
 """Matrix products over the last two axes, accumulated in float32 or wider."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+class Maths(NamedTuple):
+    """Products and transposes for lines that run on all heads at once and inside a kernel.
+
+    Arguments are matrices of the last two axes. Kernels have `tile_math.TILES`, for axes of two.
+    """
+
+    dot: Callable[[jax.Array, jax.Array], jax.Array]
+    rows_dot_rows: Callable[[jax.Array, jax.Array], jax.Array]
+    columns_dot_columns: Callable[[jax.Array, jax.Array], jax.Array]
+    as_column: Callable[[jax.Array], jax.Array]  # [..., 1, C] to [..., C, 1]
 
 
 def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
@@ -82,3 +97,22 @@ def _columns_backward(operands, g):
 _rows_dot_rows.defvjp(lambda a, b: (_rows_dot_rows(a, b), (a, b)), _rows_dot_rows_backward)
 _dot.defvjp(lambda a, b: (_dot(a, b), (a, b)), _dot_backward)
 _columns.defvjp(lambda a, b: (_columns(a, b), (a, b)), _columns_backward)
+
+
+def last_row(x_CK: jax.Array) -> jax.Array:
+    """The last row, `[..., 1, K]`."""
+    return lax.slice_in_dim(x_CK, x_CK.shape[-2] - 1, x_CK.shape[-2], axis=x_CK.ndim - 2)
+
+
+def earlier(x_CC: jax.Array) -> jax.Array:
+    """Entries of row i and column j <= i, 0 for others."""
+    shape = x_CC.shape[-2:]
+    i, j = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return jnp.where(i >= j, x_CC, 0)
+
+
+def _as_column(row_1C: jax.Array) -> jax.Array:
+    return jnp.swapaxes(row_1C, -1, -2)
+
+
+PLAIN = Maths(dot, rows_dot_rows, columns_dot_columns, _as_column)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.chunks import COARSE_STEP, LOG_DECAY_FLOOR
+from pallas_kernels.products import Maths, last_row
 
 # Pairs inside blocks of this many tokens are weighted one by one when decay is per channel.
 PAIRWISE_TOKENS = 16
@@ -80,8 +81,7 @@ def as_row(column_C1: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(i == j, column_C1, 0), axis=0, keepdims=True)
 
 
-def last_row(x_CK: jax.Array) -> jax.Array:
-    return lax.slice_in_dim(x_CK, x_CK.shape[0] - 1, x_CK.shape[0], axis=0)
+TILES = Maths(dot, rows_dot_rows, columns_dot_columns, as_column)  # in full float32
 
 
 class Decay(NamedTuple):
@@ -148,9 +148,14 @@ def decayed_products(a_CK: jax.Array, b_CK: jax.Array, decay: Decay, kind: Any) 
     """`sum_k a[i, k] b[j, k] exp(sum of log decay over j+1..i)`; 0 for j > i and across a reset."""
     if decay.coarse_CK.shape[1] > 1:
         return _channel_products(a_CK, b_CK, decay, kind)
+    return rows_dot_rows(a_CK, b_CK, kind) * between(decay)
+
+
+def between(decay: Decay) -> jax.Array:
+    """Factor on the write of token j as token i reads it, `[C, C]`, for a decay per head."""
     gap_CC = decay.coarse_CK - as_row(decay.coarse_CK)
     gap_CC = gap_CC + (decay.fine_CK - as_row(decay.fine_CK))
-    return rows_dot_rows(a_CK, b_CK, kind) * _masked_exp(gap_CC, decay.visible_CC)
+    return _masked_exp(gap_CC, decay.visible_CC)
 
 
 def _channel_products(a_CK: jax.Array, b_CK: jax.Array, decay: Decay, kind: Any) -> jax.Array:

@@ -5,40 +5,26 @@ split of a stream gives the same result; a block that a reset or the end of the 
 changes no weights. Every lane has its own block borders.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.blocks.body import Body, Round
 from pallas_kernels.blocks.layout import Marks
-from pallas_kernels.blocks.rounds import Sizes, round_size, run_rounds
+from pallas_kernels.blocks.rounds import Sizes, run_rounds
 
-
-def _identity(consts: Any, xs: Any, valid_NBC: jax.Array) -> Any:
-    return xs
-
-
-def _as_kept(consts: Any, carry: Any, prepared: Any, kept: Any) -> Any:
-    return kept
-
-
-class Body(NamedTuple):
-    """What happens to a block. Functions of module level: the tuple is compared and hashed.
-
-    step(consts, carry, prepared) -> (carry, kept): one block; `carry` as it enters the block,
-        `[B, ...]`; the first result counts for lanes where the block is full, and for no others.
-    prepare(consts, xs, valid_NBC) -> prepared: what does not depend on the carry, for N blocks at
-        once; xs `[N, B, C, ...]`, 0 where `valid_NBC` is false (behind the end of a short block).
-    finish(consts, carry, prepared, kept) -> y: outputs `[N, B, C, ...]` of N blocks at once, from
-        the carry that entered each, `[N, B, ...]`.
-    Token c of y must not depend on later tokens of its block. y where not valid is dropped.
-    """
-
-    step: Callable[[Any, Any, Any], tuple[Any, Any]]
-    prepare: Callable[[Any, Any, jax.Array], Any] = _identity
-    finish: Callable[[Any, Any, Any, Any], Any] = _as_kept
+__all__ = [
+    "BlockState",
+    "Body",
+    "Round",
+    "init_blocks",
+    "join",
+    "leave",
+    "place_in_block",
+    "scan_blocks",
+]
 
 
 class BlockState(NamedTuple):
@@ -82,7 +68,7 @@ def place_in_block(
 
 
 def scan_blocks(
-    body: Body,
+    body: Round,
     consts: Any,
     initial: Any,
     state: BlockState,
@@ -106,14 +92,14 @@ def scan_blocks(
     them; 0 for tokens read again. Without them it gets `xs`.
     reset: `[B, T]` bool.
     Differentiable in consts, initial, the state, xs and queries, as deep as the definition is.
-    Memory for the backward pass grows as one carry every `round_size(block)` blocks, however
+    Memory for the backward pass grows as one carry every `body.size(block)` blocks, however
     many documents there are; blocks cut short cost as much as full ones.
     """
     batch, tokens = jax.tree.leaves(xs)[0].shape[:2]
     if reset is None:
         reset = jnp.zeros((batch, tokens), bool)
     streams, marks, start_B = join(state, xs, queries, reset, block=block)
-    size = min(round_size(block), tokens, -(-tokens // block) + 1)
+    size = min(body.size(block), tokens, -(-tokens // block) + 1)
     sizes = Sizes(block, size, -(-tokens // size), -(-(-(-tokens // block) + 1) // size))
 
     marks = Marks(*(jnp.pad(mark, ((0, 0), (0, size * block))) for mark in marks))

@@ -12,25 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.blocks.carries import scan_carries
 from pallas_kernels.blocks.layout import (
     Layout,
     Marks,
     plan,
     read,
-    select_leading,
     to_blocks,
     to_window,
     write,
 )
-
-MOST_BLOCKS = 8
-ROUND_TOKENS = 128
-
-
-def round_size(block: int) -> int:
-    """Blocks in a round: many of a few tokens, one where that has work enough for a processor."""
-    return min(MOST_BLOCKS, max(1, ROUND_TOKENS // block))
 
 
 class Sizes(NamedTuple):
@@ -45,30 +35,6 @@ def _enter(sizes: Sizes, streams: Any, marks: Marks, pointer_B: jax.Array) -> tu
     length = jax.tree.leaves(streams)[0].shape[1]
     layout = plan(marks, pointer_B, sizes.block, sizes.round, length)
     return layout, jax.tree.map(lambda x: to_blocks(x, layout), streams)
-
-
-def _one_round(body, layout: Layout, consts, initial, carry, blocks):
-    """The carry after the blocks of a round, and their outputs."""
-    prepared = body.prepare(consts, blocks, layout.valid_NBC)
-    fresh_NB = layout.fresh_NB
-    # Restarts happen where a block is left, in the same pass over the carry as its update.
-    restart_NB = jnp.concatenate([fresh_NB[1:], jnp.zeros_like(fresh_NB[:1])])
-    carry = select_leading(fresh_NB[0], initial, carry)
-    if len(fresh_NB) == 1:
-        carry, entering, kept = _only_block(body, consts, carry, prepared, layout.full_NB)
-    else:
-        carry, entering, kept = scan_carries(
-            body.step, consts, initial, carry, prepared, layout.full_NB, restart_NB
-        )
-    return carry, body.finish(consts, entering, prepared, kept)
-
-
-def _only_block(body, consts, carry, prepared, full_1B):
-    """What `scan_carries` gives for one block; its own gradient serves, and repeats nothing."""
-    new, kept = body.step(consts, carry, jax.tree.map(lambda x: x[0], prepared))
-    new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry)
-    entering, kept = jax.tree.map(lambda x: x[None], (carry, kept))
-    return select_leading(full_1B[0], new, carry), entering, kept
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -91,7 +57,7 @@ def _forward(body, sizes, slots, consts, initial, carry, streams, marks, pointer
 
     def forward(carry, pointer_B):
         layout, blocks = _enter(sizes, streams, marks, pointer_B)
-        carry, y = _one_round(body, layout, consts, initial, carry, blocks)
+        carry, y = body.run(layout, consts, initial, carry, blocks)
         windows = jax.tree.map(lambda y: to_window(y, layout), y)
         return carry, windows, pointer_B + layout.tokens_B
 
@@ -134,7 +100,7 @@ def _backward(body, sizes, residuals, cotangents):
     def replay(_, loop):
         carry, pointer_B = loop
         layout, blocks = _enter(sizes, streams, marks, pointer_B)
-        carry, _ = _one_round(body, layout, consts, initial, carry, blocks)
+        carry, _ = body.run(layout, consts, initial, carry, blocks)
         return carry, pointer_B + layout.tokens_B
 
     def one(step, loop):
@@ -146,7 +112,7 @@ def _backward(body, sizes, residuals, cotangents):
             entering = lax.fori_loop(slot * stride, index, replay, entering)
         carry, pointer_B = entering
         layout, blocks = _enter(sizes, streams, marks, pointer_B)
-        _, pull = jax.vjp(partial(_one_round, body, layout), consts, initial, carry, blocks)
+        _, pull = jax.vjp(partial(body.run, layout), consts, initial, carry, blocks)
         dy_blocks = jax.tree.map(lambda x: to_blocks(x, layout), dy)
         more_consts, more_initial, d_carry, d_blocks = pull((d_carry, dy_blocks))
         d_consts, d_initial = jax.tree.map(

@@ -4,11 +4,16 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch, validate
+from pallas_kernels.diagonal_scan import tpu
 from pallas_kernels.diagonal_scan.chunked import diagonal_scan_chunked
 from pallas_kernels.diagonal_scan.reference import diagonal_scan_reference
 
 OP = "diagonal_scan"
-IMPLEMENTATIONS = {"reference": diagonal_scan_reference, "xla": diagonal_scan_chunked}
+IMPLEMENTATIONS = {
+    "reference": diagonal_scan_reference,
+    "xla": diagonal_scan_chunked,
+    "tpu": tpu.diagonal_scan_tpu,
+}
 
 
 def diagonal_scan(
@@ -47,6 +52,7 @@ def diagonal_scan(
     validate.check_tokens(OP, x.shape[1])
     validate.check_at_least_one(OP, chunk=chunk)
     validate.check_log_decay(OP, log_decay)
-    chosen = dispatch.resolve(OP, impl)
+    unfit = {"tpu": lambda: tpu.unfit(x, log_decay, chunk=chunk)}
+    chosen = dispatch.resolve(OP, impl, unfit)
     with jax.named_scope(f"{OP}_{chosen}"):
         return IMPLEMENTATIONS[chosen](x, log_decay, initial_state, reset, chunk=chunk)

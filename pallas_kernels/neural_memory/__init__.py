@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch, validate
+from pallas_kernels.neural_memory import tpu
 from pallas_kernels.neural_memory.biases import BIASES, L2, Bias, DotProduct, Huber, Lp, Robust
 from pallas_kernels.neural_memory.chunked import neural_memory_chunked, read, whole_blocks
 from pallas_kernels.neural_memory.learners import (
@@ -42,7 +43,11 @@ from pallas_kernels.neural_memory.structures import (
 from pallas_kernels.products import accumulation_dtype
 
 OP = "neural_memory"
-IMPLEMENTATIONS = {"reference": neural_memory_reference, "xla": neural_memory_chunked}
+IMPLEMENTATIONS = {
+    "reference": neural_memory_reference,
+    "xla": neural_memory_chunked,
+    "tpu": tpu.neural_memory_tpu,
+}
 
 __all__ = [
     "BIASES",
@@ -133,7 +138,8 @@ def neural_memory(
     streams = {"q": q, "k": k, "v": v, "rate": rate, "log_keep": log_keep}
     streams |= {"log_momentum": log_momentum, "threshold": threshold}
     _check(rule, streams, weights, constants, reset, update_every)
-    chosen = dispatch.resolve(OP, impl)
+    unfit = {"tpu": lambda: tpu.unfit(rule, q, k, v, weights, update_every=update_every)}
+    chosen = dispatch.resolve(OP, impl, unfit)
     dtype = accumulation_dtype(q, k, v)
     tokens = {name: x.astype(dtype) for name, x in streams.items() if x is not None}
     if state is None:

@@ -16,16 +16,25 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chunks import COARSE_STEP, LOG_DECAY_FLOOR
+from pallas_kernels.products import Maths
 
 
 class Rows(NamedTuple):
-    """The factors above. Without momentum the last three are None."""
+    """The factors above, of columns and matrices. Without momentum the last three are None."""
 
-    kept_BHC: jax.Array
-    write_BHCC: jax.Array
-    surprise_BHC: jax.Array | None
-    passed_BHC: jax.Array | None
-    push_BHCC: jax.Array | None
+    kept_C1: jax.Array
+    write_CC: jax.Array
+    surprise_C1: jax.Array | None
+    passed_C1: jax.Array | None
+    push_CC: jax.Array | None
+
+
+class GateProducts(NamedTuple):
+    """A gate, its products over tokens 0..i, and over j+1..i (0 for j > i)."""
+
+    gate_C1: jax.Array
+    until_C1: jax.Array
+    between_CC: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +45,7 @@ class Learner:
     momentum: ClassVar[bool]
 
     def rows(
-        self, rate_BHC: jax.Array, log_keep_BHC: jax.Array, log_momentum_BHC: jax.Array | None
+        self, maths: Maths, rate_1C: jax.Array, keep: GateProducts, momentum: GateProducts | None
     ) -> Rows:
         """The factors of a block."""
         raise NotImplementedError
@@ -54,11 +63,10 @@ class GradientDescent(Learner):
     momentum: ClassVar[bool] = False
 
     def rows(
-        self, rate_BHC: jax.Array, log_keep_BHC: jax.Array, log_momentum_BHC: jax.Array | None
+        self, maths: Maths, rate_1C: jax.Array, keep: GateProducts, momentum: GateProducts | None
     ) -> Rows:
-        del log_momentum_BHC
-        kept_BHC, keeps_BHCC = products_between(log_keep_BHC)
-        return Rows(kept_BHC, keeps_BHCC * rate_BHC[..., None, :], None, None, None)
+        del maths, momentum
+        return Rows(keep.until_C1, keep.between_CC * rate_1C, None, None, None)
 
     def step(self, momentum: jax.Array, descent: jax.Array, gate: jax.Array) -> jax.Array:
         del momentum, gate
@@ -73,15 +81,14 @@ class Momentum(Learner):
     momentum: ClassVar[bool] = True
 
     def rows(
-        self, rate_BHC: jax.Array, log_keep_BHC: jax.Array, log_momentum_BHC: jax.Array | None
+        self, maths: Maths, rate_1C: jax.Array, keep: GateProducts, momentum: GateProducts | None
     ) -> Rows:
-        assert log_momentum_BHC is not None
-        kept_BHC, keeps_BHCC = products_between(log_keep_BHC)
-        passed_BHC, passes_BHCC = products_between(log_momentum_BHC)
-        push_BHCC = passes_BHCC * rate_BHC[..., None, :]
+        assert momentum is not None
+        push_CC = momentum.between_CC * rate_1C
         # A write enters W at every later token, as long as the momentum passes it on.
-        both_BHCD = keeps_BHCC @ jnp.concatenate([push_BHCC, passed_BHC[..., None]], -1)
-        return Rows(kept_BHC, both_BHCD[..., :-1], both_BHCD[..., -1], passed_BHC, push_BHCC)
+        write_CC = maths.dot(keep.between_CC, push_CC)
+        surprise_C1 = maths.dot(keep.between_CC, momentum.until_C1)
+        return Rows(keep.until_C1, write_CC, surprise_C1, momentum.until_C1, push_CC)
 
     def step(self, momentum: jax.Array, descent: jax.Array, gate: jax.Array) -> jax.Array:
         del descent, gate
@@ -99,25 +106,20 @@ class Nesterov(Learner):
     momentum: ClassVar[bool] = True
 
     def rows(
-        self, rate_BHC: jax.Array, log_keep_BHC: jax.Array, log_momentum_BHC: jax.Array | None
+        self, maths: Maths, rate_1C: jax.Array, keep: GateProducts, momentum: GateProducts | None
     ) -> Rows:
-        assert log_momentum_BHC is not None
-        assert log_momentum_BHC is not None
-        kept_BHC, keeps_BHCC = products_between(log_keep_BHC)
-        passed_BHC, passes_BHCC = products_between(log_momentum_BHC)
-        push_BHCC = passes_BHCC * rate_BHC[..., None, :]
-        gate_BHC1 = jnp.exp(log_momentum_BHC)[..., None]
-        moves_BHCD = gate_BHC1 * jnp.concatenate([push_BHCC, passed_BHC[..., None]], -1)
-        both_BHCD = keeps_BHCC @ moves_BHCD
-        write_BHCC = both_BHCD[..., :-1] + keeps_BHCC * rate_BHC[..., None, :]
-        return Rows(kept_BHC, write_BHCC, both_BHCD[..., -1], passed_BHC, push_BHCC)
+        assert momentum is not None
+        push_CC, gate_C1 = momentum.between_CC * rate_1C, momentum.gate_C1
+        write_CC = maths.dot(keep.between_CC, gate_C1 * push_CC) + keep.between_CC * rate_1C
+        surprise_C1 = maths.dot(keep.between_CC, gate_C1 * momentum.until_C1)
+        return Rows(keep.until_C1, write_CC, surprise_C1, momentum.until_C1, push_CC)
 
     def step(self, momentum: jax.Array, descent: jax.Array, gate: jax.Array) -> jax.Array:
         return gate * momentum + descent
 
 
-def products_between(log_gate_BHC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Products of gates over tokens 0..i `[B, H, C]`, and over j+1..i `[B, H, C, C]`, 0 for j > i.
+def products_between(log_gate_BHC: jax.Array) -> GateProducts:
+    """Products of the gates of a block.
 
     Sums of logarithms in two parts, as in `pallas_kernels.chunks`: one token that lets nothing
     through does not blur the products of those behind it. No division, no positive exponent.
@@ -131,7 +133,8 @@ def products_between(log_gate_BHC: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
     earlier_CC = jnp.tril(jnp.ones(gap_BHCC.shape[-2:], bool))
     between_BHCC = jnp.exp(jnp.where(earlier_CC, gap_BHCC, -jnp.inf))
-    return jnp.exp(coarse_BHC + fine_BHC), between_BHCC
+    gate_BHC, until_BHC = jnp.exp(log_gate_BHC), jnp.exp(coarse_BHC + fine_BHC)
+    return GateProducts(gate_BHC[..., None], until_BHC[..., None], between_BHCC)
 
 
 LEARNERS: dict[str, type[Learner]] = {

@@ -26,9 +26,8 @@ def neural_memory_reference(
 ):
     """u = gradient at the block's first W;  S = eta S - theta u;  A = alpha A + S;  W likewise."""
     del weights
-    one = jax.vmap(
-        lambda *lane: _lane(rule, constants, initial, update_every, *lane), in_axes=(0, 0, 0)
-    )
+    rows = {name: x[:, None] for name, x in constants.items()}
+    one = jax.vmap(lambda *lane: _lane(rule, rows, initial, update_every, *lane), in_axes=(0, 0, 0))
     batch, length = tokens["q"].shape[:2]
     if reset is None:
         reset = jnp.zeros((batch, length), bool)

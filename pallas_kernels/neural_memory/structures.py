@@ -37,7 +37,7 @@ class Structure:
         return {}
 
     def __call__(self, linear: Linear, constants: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        """[B, H, C, K] to [B, H, C, V]; constants are [H, V]. Rows do not mix."""
+        """[..., C, K] to [..., C, V]; constants are rows [..., 1, V]. Rows do not mix."""
         raise NotImplementedError
 
 
@@ -140,8 +140,7 @@ def residual_norm(
     constants: dict[str, jax.Array], x: jax.Array, y: jax.Array, eps: float
 ) -> jax.Array:
     """x + scale * LayerNorm(y) + shift."""
-    scale, shift = (constants[name][:, None, :] for name in ("scale", "shift"))
-    return x + scale * layer_norm(y, eps) + shift
+    return x + constants["scale"] * layer_norm(y, eps) + constants["shift"]
 
 
 def _check_square(key_size: int, value_size: int) -> None:

@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch, validate
+from pallas_kernels.taylor_attention import tpu
 from pallas_kernels.taylor_attention.chunked import taylor_attention_chunked
 from pallas_kernels.taylor_attention.features import feature_count, taylor_features
 from pallas_kernels.taylor_attention.reference import taylor_attention_reference
@@ -11,7 +12,11 @@ from pallas_kernels.taylor_attention.reference import taylor_attention_reference
 __all__ = ["feature_count", "taylor_attention", "taylor_features"]
 
 OP = "taylor_attention"
-IMPLEMENTATIONS = {"reference": taylor_attention_reference, "xla": taylor_attention_chunked}
+IMPLEMENTATIONS = {
+    "reference": taylor_attention_reference,
+    "xla": taylor_attention_chunked,
+    "tpu": tpu.taylor_attention_tpu,
+}
 
 
 def taylor_attention(
@@ -61,7 +66,8 @@ def taylor_attention(
     validate.check_reset(OP, reset)
     validate.check_tokens(OP, tokens)
     validate.check_at_least_one(OP, chunk=chunk)
-    chosen = dispatch.resolve(OP, impl)
+    unfit = {"tpu": lambda: tpu.unfit(q, k, v, chunk=chunk)}
+    chosen = dispatch.resolve(OP, impl, unfit)
     scale = size**-0.5 if scale is None else scale
     with jax.named_scope(f"{OP}_{chosen}"):
         return IMPLEMENTATIONS[chosen](q, k, v, initial_state, reset, scale=scale, chunk=chunk)

@@ -8,14 +8,22 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch, validate
 from pallas_kernels.blocks import BlockState, init_blocks
-from pallas_kernels.ttt.chunked import LINEAR, MLP, ttt_chunked
+from pallas_kernels.ttt import chunked, tpu
 from pallas_kernels.ttt.reference import ttt_linear_reference, ttt_mlp_reference
 from pallas_kernels.ttt.rule import LinearMemory, MLPMemory, Norm
 
 __all__ = ["LinearMemory", "MLPMemory", "Norm", "init_ttt", "ttt_linear", "ttt_mlp"]
 
-LINEAR_IMPLEMENTATIONS = {"reference": ttt_linear_reference, "xla": partial(ttt_chunked, LINEAR)}
-MLP_IMPLEMENTATIONS = {"reference": ttt_mlp_reference, "xla": partial(ttt_chunked, MLP)}
+LINEAR_IMPLEMENTATIONS = {
+    "reference": ttt_linear_reference,
+    "xla": partial(chunked.ttt_chunked, chunked.LINEAR),
+    "tpu": partial(tpu.ttt_tpu, tpu.LINEAR),
+}
+MLP_IMPLEMENTATIONS = {
+    "reference": ttt_mlp_reference,
+    "xla": partial(chunked.ttt_chunked, chunked.MLP),
+    "tpu": partial(tpu.ttt_tpu, tpu.MLP),
+}
 
 
 def init_ttt(memory: LinearMemory | MLPMemory, batch: int, *, update_every: int) -> BlockState:
@@ -117,6 +125,7 @@ def _run(
     validate.check_tokens(op, q.shape[1])
     if state is None:
         state = init_ttt(memory, len(q), update_every=len(place_rate))
-    chosen = dispatch.resolve(op, impl)
+    unfit = {"tpu": lambda: tpu.unfit(q, k, v, memory, block=len(place_rate))}
+    chosen = dispatch.resolve(op, impl, unfit)
     with jax.named_scope(f"{op}_{chosen}"):
         return implementations[chosen](q, k, v, rate, place_rate, memory, norm, state, reset)
