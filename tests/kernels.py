@@ -22,13 +22,14 @@ def with_gradients(call, args):
         def of_floating(values):
             values = iter(values)
             full = [next(values) if f else x for f, x in zip(floating, leaves)]
-            return [x for x in jax.tree.leaves(call(jax.tree.unflatten(tree, full))) if is_float(x)]
+            out = call(jax.tree.unflatten(tree, full))
+            return [x for x in jax.tree.leaves(out) if is_float(x)], out
 
         values = [x for f, x in zip(floating, leaves) if f]
-        out, pull = jax.vjp(of_floating, values)
+        differentiable, pull, out = jax.vjp(of_floating, values, has_aux=True)
         rng = np.random.default_rng(1)
-        cotangents = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in out]
-        return call(args), pull(cotangents)[0]
+        cotangents = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in differentiable]
+        return out, pull(cotangents)[0]
 
     return run(args)
 

@@ -231,5 +231,5 @@ def test_calls_that_do_not_suit_the_kernel_are_refused_by_name_and_left_to_xla()
         calling(ttt_linear, "tpu")(ttt_arguments("ttt_linear", block=4))
     assert "tpu_custom_call" not in lowered(calling(neural_memory, "auto", **short), args)
     large = memory_arguments(TITANS, tokens=2, batch=1, size=256)
-    with dispatch.target("tpu"), pytest.raises(ValueError, match="needs 48 MiB of VMEM a head"):
+    with dispatch.target("tpu"), pytest.raises(ValueError, match="needs 24 MiB of VMEM a head"):
         calling(neural_memory, "tpu", **TITANS)(large)

@@ -101,7 +101,8 @@ def _backward(rule, residuals, d_o_BGRTV):
     d_q = sum(part.q_BGRCK for part in gradients).astype(kind)
     d_parts = tuple((part.k_BGJK.astype(kind), part.v_BGJV.astype(kind)) for part in gradients)
     d_slopes = None if slopes_GR is None else sum(part.slopes_GR for part in gradients)
-    return d_q, d_parts, d_slopes, sink_gradients(sinks_GR, lse_BGRT1, dot_BGRT1), None, None
+    d_sinks = None if sinks_GR is None else sink_gradients(sinks_GR, lse_BGRT1, dot_BGRT1)
+    return d_q, d_parts, d_slopes, d_sinks, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -23,14 +23,10 @@ def add_sinks(
     return o_BGRTV * jnp.exp(lse_BGRT1 - with_sinks), with_sinks
 
 
-def sink_gradients(
-    sinks_GR: jax.Array | None, lse_BGRT1: jax.Array, dot_BGRT1: jax.Array
-) -> jax.Array | None:
+def sink_gradients(sinks_GR: jax.Array, lse_BGRT1: jax.Array, dot_BGRT1: jax.Array) -> jax.Array:
     """d sink = -sum_t e^{sink - lse'_t} o'_t . d o'_t, from the lse with sinks and those products.
 
     As d s_j = p_j (v_j . d o' - o' . d o') of a key, with v = 0.
     """
-    if sinks_GR is None:
-        return None
     weights_BGRT1 = jnp.exp(sinks_GR[:, :, None, None] - lse_BGRT1)
     return -jnp.sum(weights_BGRT1 * dot_BGRT1, axis=(0, 3, 4))

@@ -83,7 +83,7 @@ def _attention_backward(rule, residuals, d_o_BGRTV):
     dot_BGRT1 = jnp.sum(products, axis=-1, keepdims=True)
     gradients = backward(rule, *inputs, lse_BGRT1, dot_BGRT1, d_o_BGRTV)
     d_q, d_k, d_v = (d.astype(x.dtype) for d, x in zip(gradients[:3], inputs))
-    d_sinks = sink_gradients(sinks_GR, lse_BGRT1, dot_BGRT1)
+    d_sinks = None if sinks_GR is None else sink_gradients(sinks_GR, lse_BGRT1, dot_BGRT1)
     return d_sinks, d_q, d_k, d_v, gradients[3], None, None
 
 

@@ -1,7 +1,7 @@
 """What happens to the blocks of a round."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ MOST_BLOCKS = 8
 ROUND_TOKENS = 128
 
 
+@runtime_checkable
 class Round(Protocol):
     """How a round of blocks is computed. Hashable: it is compared.
 

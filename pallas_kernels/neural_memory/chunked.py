@@ -36,8 +36,9 @@ def run_blocks(
     o_BTHV, after = scan_blocks(
         body, constants, initial, entering, tokens, reset, block=update_every
     )
+    memory = after.carry
     kept = {name: x for name, x in after.tokens.items() if name != "q"}
-    return o_BTHV, NeuralMemoryState(*after.carry, kept, after.count_B)
+    return o_BTHV, NeuralMemoryState(memory.weights, memory.momenta, kept, after.count_B)
 
 
 @cache

@@ -129,15 +129,15 @@ def _shard(plan: Ring, q, k, v, segment_ids, bias, sinks, cache) -> Shard:
         places = Places(position_1T, ids)
         queries.append(Queries(_split(q, groups), places))
         keys.append(Keys(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), places))
-    by_head = [
+    slopes, sinks = (
         None if x is None else x.astype(accumulation_dtype(q)).reshape(groups, -1)
         for x in (bias, sinks)
-    ]
+    )
     front = None
     if cache is not None:
         front = _front(cache, kind, segment_ids)
-    by_head, front = compat.vary_like((by_head, front), q)
-    return Shard(tuple(queries), tuple(keys), *by_head, front)
+    slopes, sinks, front = compat.vary_like((slopes, sinks, front), q)
+    return Shard(tuple(queries), tuple(keys), slopes, sinks, front)
 
 
 def _front(cache: Cache, kind, segment_ids) -> Keys:

@@ -122,7 +122,7 @@ def forward(plan: Ring, shard: Shard):
 
     carry: Any = (shard.keys, tuple(held))
     (_, reads), _ = lax.scan(one_step, carry, jnp.arange(1, plan.steps))
-    reads = tuple(Read(*add_sinks(*read, shard.sinks_GR)) for read in reads)
+    reads = tuple(Read(*add_sinks(read.o_BGRTV, read.lse_BGRT1, shard.sinks_GR)) for read in reads)
     outputs = tuple(read.o_BGRTV for read in reads)
     kinds = [piece.q_BGRTK.dtype for piece in queries]
     outputs = tuple(o.astype(kind) for o, kind in zip(outputs, kinds))
@@ -163,9 +163,10 @@ def backward(plan: Ring, residuals, d_outputs):
     d_queries = list(zeros([piece.q_BGRTK for piece in queries]))
     d_keys = list(zeros([piece[:2] for piece in shard.keys]))
     d_slopes = zeros(slopes)
-    d_sinks = None
+    d_sinks: Any = None
     if shard.sinks_GR is not None:
-        d_sinks = sum(sink_gradients(shard.sinks_GR, *cotangent[:2]) for cotangent in cotangents)
+        of_pieces = (sink_gradients(shard.sinks_GR, c.lse_BGRT1, c.dot_BGRT1) for c in cotangents)
+        d_sinks = sum(of_pieces)
     for query, key, rule in _own_pairs(plan):
         part = attend_backward(rule, slopes, queries[query], shard.keys[key], cotangents[query])
         d_queries[query] += part.q_BGRCK
@@ -191,7 +192,7 @@ def backward(plan: Ring, residuals, d_outputs):
     carry: Any = (shard.keys, tuple(d_keys), tuple(d_queries), d_slopes)
     (_, d_keys, d_queries, d_slopes), _ = lax.scan(one_step, carry, jnp.arange(1, plan.steps))
     d_keys = _send_home(plan, d_keys)
-    return (_cotangent(shard, d_queries, d_keys, (d_slopes, d_sinks), d_cache),)
+    return (_cotangent(shard, d_queries, d_keys, d_slopes, d_sinks, d_cache),)
 
 
 def _pull_block(plan: Ring, shard: Shard, keys, cotangents, step):
@@ -226,7 +227,7 @@ def _send_home(plan: Ring, tree: Any) -> Any:
     return jax.tree.map(lambda x: lax.ppermute(x, plan.axis_name, pairs), tree)
 
 
-def _cotangent(shard: Shard, d_queries, d_keys, d_by_head, d_cache) -> Shard:
+def _cotangent(shard: Shard, d_queries, d_keys, d_slopes, d_sinks, d_cache) -> Shard:
     def keys(held: Keys, d: tuple[jax.Array, jax.Array]) -> Any:
         return Keys(d[0].astype(held.k_BGJK.dtype), d[1].astype(held.v_BGJV.dtype), None)  # type: ignore[arg-type]
 
@@ -236,7 +237,8 @@ def _cotangent(shard: Shard, d_queries, d_keys, d_by_head, d_cache) -> Shard:
             for d, piece in zip(d_queries, shard.queries)
         ),
         tuple(keys(piece, d) for piece, d in zip(shard.keys, d_keys)),
-        *d_by_head,
+        d_slopes,
+        d_sinks,
         None if shard.cache is None else keys(shard.cache, d_cache),
     )
 
