@@ -57,6 +57,8 @@ def tpu_cases() -> Iterator[Case]:
     for name, rule in RULES.items():
         yield f"neural_memory {name} K=64", _memory(rule, 16), _streams(rule, 64, bf16)
     yield "neural_memory titans K=64 C=64", _memory(TITANS, 64), _streams(TITANS, 64, f32)
+    large = TITANS | dict(structure=MLP(layers=3))  # as much VMEM as is taken
+    yield "neural_memory three layers K=128", _memory(large, 16), _streams(large, 128, f32)
     for channels in (256, 384, 1024, 2560):
         args = {name: _shape(f32, BATCH, TOKENS, channels) for name in ("x", "log_decay")}
         args["reset"] = _shape(jnp.bool_, BATCH, TOKENS)

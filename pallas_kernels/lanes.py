@@ -6,7 +6,7 @@ import jax.numpy as jnp
 SMALLEST_CHUNK = 16  # a tile of bfloat16 on a TPU has 16 rows
 LARGEST_CHUNK = 256
 VMEM_BYTES = 12 * 2**20
-CARRIES = 12  # copies of a carry in VMEM in the backward pass, two of each block that moves
+CARRIES = 12  # of a carry or its start, in the backward pass: two of each block that moves
 
 
 def chunk_unfit(chunk: int) -> str | None:

@@ -63,7 +63,7 @@ def test_interpreted_chunks_equal_the_token_loop_and_its_gradients(op, packed):
     assert_near(got[1], want[1], 1e-5, least=1e-3)
 
 
-@pytest.mark.parametrize("channels", [128, 256, 1024, 384])
+@pytest.mark.parametrize("channels", [256, 384])
 def test_interpreted_rows_of_channels_are_put_back_in_order(channels):
     args = draw("diagonal_scan", tokens=18, channels=channels)
     got = interpreted(calling("diagonal_scan", "tpu", resets(37)[:, :18]), args)
