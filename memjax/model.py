@@ -73,13 +73,18 @@ class LanguageModel(nnx.Module):
 
     def read(
         self,
-        state: StackState | SegmentState,
+        state: StackState | SegmentState | None,
         tokens_BT: Int[Array, "B T"],
         reset_BT: Bool[Array, "B T"],
         *,
         dropout_key: jax.Array | None = None,
     ) -> Reading:
-        """The segment read up to the logits, which `logits` makes."""
+        """The segment read up to the logits, which `logits` makes.
+
+        state: None is `init_state`; a stack then holds the first states of one layer at a time.
+        """
+        if state is None and self.memory is not None:
+            state = self.init_state(tokens_BT.shape[0])
         if isinstance(state, SegmentState):
             assert self.memory is not None
             parts = (self.stack, self.norm, self.memory)

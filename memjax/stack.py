@@ -209,18 +209,24 @@ class Stack(nnx.Module):
 
     def read(
         self,
-        state: StackState,
+        state: StackState | None,
         x_BTD: Float[Array, "B T D"],
         reset_BT: Bool[Array, "B T"],
         dropout_key: jax.Array | None = None,
     ) -> tuple[StackState, Float[Array, "B T D"], Float[Array, ""]]:
-        """The state, the residual stream after the last layer, the mean auxiliary loss."""
+        """The state, the residual stream after the last layer, the mean auxiliary loss.
+
+        state: None is `init_state`, made in each layer when it runs and not held for all of them.
+        """
+        rows = x_BTD.shape[0]
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.repeat + 1)
         listen: Any = telemetry.listening if telemetry.heard() else telemetry.deaf
 
         def body(x_BTD: jax.Array, xs: Any):
             pattern, pattern_state, key = xs
             pattern = gathered(pattern)
+            if state is None:
+                pattern_state = in_turn(pattern.init_state(rows), pattern_state)
             x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
             with listen() as notes:
                 pattern_state, x_BTD, auxiliary = pattern.read(
@@ -232,13 +238,15 @@ class Stack(nnx.Module):
         if policy is not None:
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         patterns, tail = self._coupled()
-        xs = (patterns, state.patterns, None if keys is None else keys[:-1])
+        start: Any = jnp.zeros(self.repeat) if state is None else state.patterns
+        xs = (patterns, start, None if keys is None else keys[:-1])
         unroll = self.repeat if self.layers == "unroll" else 1
         x_BTD, (after, auxiliary_R, notes) = jax.lax.scan(body, x_BTD, xs, unroll=unroll)
         telemetry.pass_on("patterns", notes)
         total, after_tail = jnp.sum(auxiliary_R), ()
         if tail is not None:
-            xs = (tail, state.tail, None if keys is None else keys[-1:])
+            start = jnp.zeros(1) if state is None else state.tail
+            xs = (tail, start, None if keys is None else keys[-1:])
             x_BTD, (after_tail, auxiliary_R, notes) = jax.lax.scan(body, x_BTD, xs)
             telemetry.pass_on("tail", notes)
             total += jnp.sum(auxiliary_R)
@@ -253,6 +261,19 @@ class Stack(nnx.Module):
         for name in self.coupled:
             couple_layers(name, stacks)
         return stacks[0], stacks[1] if self.tail is not None else None
+
+
+def in_turn(value: Any, zero: jax.Array) -> Any:
+    """value, as made in this turn of a loop: JAX would move what is the same in all turns, and all
+    that follows from it (masks, for one), in front of the loop and hold it.
+
+    zero: of this turn. Added to all, it is nothing to the compiler, which knows its value.
+    """
+
+    def add(x: jax.Array) -> jax.Array:
+        return x ^ (zero != 0) if x.dtype == bool else x + zero.astype(x.dtype)
+
+    return jax.tree.map(add, value)
 
 
 def couple_layers(name: str, stacks: list[Pattern]) -> None:

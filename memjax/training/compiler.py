@@ -4,14 +4,18 @@ import functools
 
 import jax
 
+from pallas_kernels.dispatch import current_target
+
 CPU_OPTIONS = {"xla_cpu_prefer_vector_width": "512"}
 
 
-@functools.cache
 def compiler_options() -> dict[str, str] | None:
-    """Options for `jax.jit` on this platform; None where there is none to give."""
-    if jax.default_backend() != "cpu":
-        return None
+    """Options for `jax.jit` on the platform that is compiled for; None where there is none."""
+    return _cpu_options() if current_target().platform == "cpu" else None
+
+
+@functools.cache
+def _cpu_options() -> dict[str, str] | None:
     try:
         jax.jit(lambda: 0, compiler_options=CPU_OPTIONS).lower().compile()
     except Exception:  # each version of XLA has its own error for an option that it lacks

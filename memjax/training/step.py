@@ -160,7 +160,8 @@ def make_step(
         count = jnp.maximum(tokens, 1.0)
         loss, z, auxiliary = sums.nll / count, sums.z / count, sums.auxiliary / config.pieces
         finite = jnp.isfinite(loss + config.z_loss * z + auxiliary) & jnp.isfinite(grad_norm)
-        finite &= ~_any_nan(memory)
+        if config.carry:  # otherwise nothing reads the memory, and nothing need keep it
+            finite &= ~_any_nan(memory)
 
         def update():
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -193,7 +194,7 @@ def _gradient(
     experiment: Experiment, definition: nnx.GraphDef, placed: TrainState | None = None
 ) -> Callable:
     """(params, memory, batch, key, tokens) -> sums, gradient of the loss, memory after."""
-    config, rows = experiment.train, experiment.data.batch // experiment.train.accumulate
+    config = experiment.train
     devices = 1 if placed is None else jax.tree.leaves(placed)[0].mesh.size
 
     def split_as_params(grads):
@@ -204,7 +205,7 @@ def _gradient(
 
     def loss(params, memory, batch, key, tokens):
         lm = merge(definition, params)
-        start = jax.lax.stop_gradient(memory) if config.carry else lm.init_state(rows)
+        start = jax.lax.stop_gradient(memory) if config.carry else None
         sums, memory = read_batch(experiment, lm, start, batch, key, devices)
         total = sums.total / jnp.maximum(tokens, 1.0)
         return total + sums.auxiliary / config.pieces, (sums, memory)
@@ -240,7 +241,10 @@ def _gradient(
 
 
 def read_batch(experiment: Experiment, lm: LanguageModel, state, batch, key, devices: int = 1):
-    """Sums over the segments of a batch, and the memory after the last of them."""
+    """Sums over the segments of a batch, and the memory after the last of them.
+
+    state: the memory before it; None is that of new documents.
+    """
     horizon, z_loss = experiment.train.horizon, experiment.train.z_loss
     dropout = experiment.model.dropout > 0
 
@@ -261,6 +265,7 @@ def read_batch(experiment: Experiment, lm: LanguageModel, state, batch, key, dev
         x_NBT = jnp.swapaxes(x_BT.reshape(x_BT.shape[0], horizon, -1), 0, 1)
         return sharding.constrain(x_NBT, None, "lanes", "tokens")
 
+    state = lm.init_state(batch["tokens_BT"].shape[0]) if state is None else state
     segments = (jax.tree.map(cut, batch), jax.random.split(key, horizon))
     state, sums = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), state, segments)
     return jax.tree.map(jnp.sum, sums), state
