@@ -1,12 +1,17 @@
-"""What a training step holds in the memory of each device, before anything runs.
+"""What a training step holds in the memory of each device, before anything is compiled.
 
-`footprint` predicts: parameters, optimizer, averages, gradients and carried state exactly, from the
-shardings of the state; `saved_activations` are the arrays that the forward pass leaves for the
-backward pass, found by tracing it and divided evenly over the devices that split the tokens. What
-the program needs besides them for its work is the compiler's choice, so `total` is what fits at
-best: `memjax describe --mesh=...` compiles the step, without running it, and reports what it takes.
+`footprint` predicts. What is kept between steps (parameters, optimizer, average, carried state) is
+exact, from the shardings of the state. `temporary` is what the step holds besides at its worst
+moment: the step is traced for the rows and tokens of one device, and `memjax.liveness` walks
+through it. Parts of it are `gradients` and `saved_activations`, what the forward pass leaves for
+the backward pass; the rest is the work of one layer, and of the logits of a piece of the tokens.
+
+On a mesh, fsdp adds one layer's parameters and their gradients, whole; tensor is taken to divide
+all activations, which is too little by the residual stream. `memjax describe --mesh=...` compiles
+the step, without running it, and reports what it takes.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,8 +19,11 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
+from memjax import liveness
 from memjax.experiment import Experiment
+from memjax.liveness import size_of
 from memjax.model import merge
+from memjax.sharding import Mesh, axis_size, make_mesh
 from memjax.sharding import batch as batch_sharding
 from memjax.training.step import Trainer, make_trainer, read_batch
 
@@ -25,15 +33,51 @@ def footprint(experiment: Experiment, vocab_size: int) -> dict[str, int]:
     trainer = make_trainer(experiment, vocab_size)
     state = trainer.abstract
     parameters = bytes_per_device(state.params)
-    parts = {
+    kept = {
         "parameters": parameters,
         "optimizer": bytes_per_device(state.opt_state),
         "average": bytes_per_device(state.ema),
         "carried_state": bytes_per_device(state.memory),
-        "gradients": parameters * (2 if experiment.train.accumulate > 1 else 1),
-        "saved_activations": _saved(experiment, trainer) // trainer.mesh.devices.size,
     }
-    return {**parts, "total": sum(parts.values()), "devices": trainer.mesh.devices.size}
+    temporary = _temporary(experiment, vocab_size, trainer)
+    return {
+        **kept,
+        "temporary": temporary,
+        "gradients": parameters * _copies(experiment),
+        "saved_activations": _saved(experiment, trainer) // trainer.mesh.devices.size,
+        "total": sum(kept.values()) + temporary,
+        "devices": trainer.mesh.devices.size,
+    }
+
+
+def _copies(experiment: Experiment) -> int:
+    """Of the gradients: those of a part of the batch beside their sum."""
+    return 2 if experiment.train.accumulate > 1 else 1
+
+
+def _temporary(experiment: Experiment, vocab_size: int, trainer: Trainer) -> int:
+    """Bytes that the step holds at its worst moment, besides its state."""
+    mesh = trainer.mesh
+    rows = experiment.data.batch // axis_size(mesh, "lanes")
+    tokens = experiment.data.sequence // axis_size(mesh, "tokens")
+    share = dataclasses.replace(
+        experiment,
+        data=dataclasses.replace(experiment.data, batch=rows, sequence=tokens),
+        mesh=Mesh(data=1),
+    )
+    alone = make_trainer(share, vocab_size, make_mesh(share.mesh, rows))
+    program = alone.step.trace(alone.abstract, batch_shapes(share, alone)).jaxpr.jaxpr
+    donated = len(jax.tree.leaves(alone.abstract))
+    most = liveness.peak(program, over=(0, donated))
+    if mesh.devices.size == 1:
+        return most
+    whole, params = bytes_per_device(alone.abstract.params), trainer.abstract.params
+    rest = max(0, most - _copies(experiment) * whole) // axis_size(mesh, "heads")
+    layer = 0
+    if axis_size(mesh, "embed") > 1:
+        stack = bytes_per_device(params["stack"]["patterns"]) // experiment.model.repeat
+        layer = 2 * stack * axis_size(mesh, "embed")
+    return _copies(experiment) * bytes_per_device(params) + rest + layer
 
 
 def batch_shapes(experiment: Experiment, trainer: Trainer) -> dict[str, jax.ShapeDtypeStruct]:
@@ -56,12 +100,6 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(s) * leaf.dtype.itemsize for s, leaf in zip(shards, leaves))
 
 
-def size_of(aval: Any) -> int:
-    """Bytes of an array; random keys as the two words that they hold."""
-    key = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
-    return math.prod(aval.shape) * (8 if key else np.dtype(aval.dtype).itemsize)
-
-
 def _saved(experiment: Experiment, trainer: Trainer) -> int:
     """Bytes that the forward pass of one part of the batch leaves for its backward pass."""
     rows = experiment.data.batch // experiment.train.accumulate
@@ -74,7 +112,8 @@ def _saved(experiment: Experiment, trainer: Trainer) -> int:
     def forward(params: dict, batch: dict, key: jax.Array):
         def loss(params: dict) -> jax.Array:
             lm = merge(trainer.definition, params)
-            return read_batch(experiment, lm, lm.init_state(rows), batch, key)[0].total
+            start = lm.init_state(rows) if experiment.train.carry else None
+            return read_batch(experiment, lm, start, batch, key)[0].total
 
         return jax.vjp(loss, params)[1]
 

@@ -72,9 +72,14 @@ def _describe(result: Row) -> list[Table]:
         pairs("Model", head),
         pairs("Parameters", result["parameters"]),
         rows("Layers, for one token and one sequence", _layers(result["layers"])),
-        pairs(f"{where}, predicted", {name: size(value) for name, value in memory.items()}),
+        pairs(f"{where}, predicted", {_part(name): size(memory[name]) for name in memory}),
     ]
     return tables + (_mesh(result["mesh"]) if "mesh" in result else [])
+
+
+def _part(name: str) -> str:
+    """Rows behind that of `temporary` are parts of it."""
+    return f"  of it {name}" if name in ("gradients", "saved_activations") else name
 
 
 def _mesh(result: Row) -> list[Table]:
