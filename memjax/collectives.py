@@ -7,7 +7,7 @@ all-to-all (n - 1) / n of what the device holds, a permute all of it.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s32": 32, "u32": 32, "s8": 8}
 
 _OPERATION = re.compile(
-    rf"= (?P<type>\(.*?\)|\S+) (?P<kind>{'|'.join(KINDS)})(?:-start)?\((?P<rest>.*)"
+    rf"= (?P<type>\(.*?\)|\S+) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)"
 )
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -30,6 +30,9 @@ _CALLED = re.compile(
     r"(?:body|condition|to_apply|calls|branch_computations)=\{?(%[^,}\s]+(?:, %[^,}\s]+)*)"
 )
 _TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
+_LOOP = re.compile(r" while\(.*condition=%([\w.\-]+)")
+_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(
     r"replica_groups=(?:\{\{([\d,]+)\}|\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?)"
 )
@@ -54,12 +57,16 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     """The collectives of a compiled program, from its text (`Compiled.as_text()`)."""
     bodies, entry = _computations(text)
     times = _times(bodies, entry)
-    return [
-        found
-        for name, lines in bodies.items()
-        for line in lines
-        if times.get(name, 0) and (found := _collective(line, mesh, times[name])) is not None
-    ]
+    found: dict[Any, Collective] = {}
+    for name, lines in bodies.items():
+        for line in lines if times.get(name, 0) else ():
+            one = _collective(line, mesh, times[name])
+            if one is not None:
+                channel = _CHANNEL.search(line)
+                # For TPU a collective is written down in each operation that it runs beside.
+                beside = channel is not None and "fus" in name
+                found.setdefault((one.kind, channel[1]) if beside and channel else line, one)
+    return list(found.values())
 
 
 def summary(found: list[Collective]) -> list[dict[str, Any]]:
@@ -75,9 +82,14 @@ def summary(found: list[Collective]) -> list[dict[str, Any]]:
     return [rows[key] for key in sorted(rows)]
 
 
-def compile_step(experiment: Experiment, vocab_size: int) -> tuple[jax.stages.Compiled, Mesh]:
-    """The training step of an experiment, compiled for its mesh; nothing is allocated."""
-    mesh = make_mesh(experiment.mesh, experiment.data.batch)
+def compile_step(
+    experiment: Experiment, vocab_size: int, devices: Sequence[jax.Device] | None = None
+) -> tuple[jax.stages.Compiled, Mesh]:
+    """The training step of an experiment, compiled for its mesh; nothing is allocated.
+
+    devices: of a topology that is not here, with `pallas_kernels.dispatch.target` around the call.
+    """
+    mesh = make_mesh(experiment.mesh, experiment.data.batch, devices)
     trainer = make_trainer(experiment, vocab_size, mesh)
     rows, length = experiment.data.batch, experiment.data.sequence * experiment.train.horizon
     types: dict[str, Any] = {"tokens_BT": np.int32, "targets_BT": np.int32, "weight_BT": np.float32}
@@ -114,7 +126,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     """How often each computation runs; a loop of unknown length, or a branch, counts once."""
-    calls = {name: list(_calls(lines)) for name, lines in bodies.items()}
+    calls = {name: list(_calls(lines, bodies)) for name, lines in bodies.items()}
     times: dict[str, int] = {}
 
     def visit(name: str, count: int) -> None:
@@ -126,12 +138,21 @@ def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     return times
 
 
-def _calls(lines: list[str]) -> Iterator[tuple[str, int]]:
+def _calls(lines: list[str], bodies: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
     for line in lines:
-        trips = _TRIPS.search(line)
+        trips = _trips(line, bodies)
         for names in _CALLED.findall(line):
             for name in names.split(", "):
-                yield name.lstrip("%"), int(trips[1]) if trips else 1
+                yield name.lstrip("%"), trips
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """Turns of a loop: as the compiler says, or else the one number that its condition names."""
+    known, loop = _TRIPS.search(line), _LOOP.search(line)
+    if known or not loop:
+        return int(known[1]) if known else 1
+    limits = {found[1] for text in bodies.get(loop[1], ()) if (found := _LIMIT.search(text))}
+    return int(limits.pop()) if len(limits) == 1 else 1
 
 
 def _collective(line: str, mesh: Mesh, times: int) -> Collective | None:
@@ -141,11 +162,14 @@ def _collective(line: str, mesh: Mesh, times: int) -> Collective | None:
     group = _group(found["rest"], mesh)
     places = np.array([np.unravel_index(device, mesh.devices.shape) for device in group])
     axes = [name for i, name in enumerate(mesh.axis_names) if len(set(places[:, i])) > 1]
+    n, kind = len(group), found["kind"]
+    arrays = _ARRAY.findall(found["type"])
+    if found["start"] and kind != "all-reduce":  # for GPU: what is sent, then what is made of it
+        arrays = arrays[len(arrays) // 2 :]
     size = sum(
         math.prod(int(n) for n in shape.split(",") if n) * BITS.get(kind, 32) // 8
-        for kind, shape in _ARRAY.findall(found["type"])
+        for kind, shape in arrays
     )
-    n, kind = len(group), found["kind"]
     sent = {
         "all-gather": size * (n - 1) / n,
         "all-reduce": 2 * size * (n - 1) / n,

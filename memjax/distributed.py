@@ -135,7 +135,8 @@ def connect(processes: Processes) -> "Watch | None":
     )
     watch.start()
     if jax.process_index() > 0:
-        explain_abort(distributed.global_state.coordinator_address, jax.process_count())
+        address = distributed.global_state.coordinator_address or ""
+        explain_abort(address, jax.process_count())
     return watch
 
 

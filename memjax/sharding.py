@@ -18,7 +18,7 @@ device, all three do nothing.
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -91,9 +91,13 @@ class Mesh:
         return {name: rest if size == "auto" else int(size) for name, size in given.items()}
 
 
-def make_mesh(config: Mesh, batch: int) -> JaxMesh:
-    """The mesh over the first devices; `batch` rows must divide over its lanes."""
-    sizes = config.sizes(jax.device_count())
+def make_mesh(config: Mesh, batch: int, devices: Sequence[jax.Device] | None = None) -> JaxMesh:
+    """The mesh over the first devices; `batch` rows must divide over its lanes.
+
+    devices: those there are, if not given; others are for programs that are only compiled.
+    """
+    here = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(here))
     count, lanes = math.prod(sizes.values()), sizes["data"] * sizes["fsdp"]
     if batch % lanes:
         raise ConfigError(
@@ -108,15 +112,17 @@ def make_mesh(config: Mesh, batch: int) -> JaxMesh:
             f"{_list(_divisors(local))}"
         )
     kinds = (AxisType.Auto,) * len(AXES)
-    devices = jax.devices()[:count]
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=here[:count])
 
 
 def virtual_devices(config: Mesh) -> None:
     """Make JAX, before its first use, simulate the devices of a mesh on this machine's CPU."""
     given = [getattr(config, name) for name in AXES]
     for name, size in zip(AXES, given):
-        check(config, name, size != "auto", "must be a number where there are no devices to count")
+        if size == "auto":
+            raise ConfigError(
+                f"--mesh={name}=auto: must be a number; there are no devices to count"
+            )
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", math.prod(int(size) for size in given))
 

@@ -2,18 +2,22 @@
 
 python experiments/scaling/scaling.py memory > experiments/scaling/memory.json
 python experiments/scaling/scaling.py bytes > experiments/scaling/bytes.json
+python experiments/scaling/scaling.py bytes tpu > experiments/scaling/bytes_tpu.json  (with libtpu)
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
 
+TPU = sys.argv[2:] == ["tpu"]
 # The program is the same without the passes of the code generator, which take most of the time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = QUICK
+os.environ |= {"JAX_PLATFORMS": "cpu"} if TPU else {"XLA_FLAGS": QUICK}
 
 import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
 
 from memjax.collectives import collectives, compile_step, summary  # noqa: E402
 from memjax.data import Data  # noqa: E402
@@ -22,6 +26,7 @@ from memjax.experiment import Experiment  # noqa: E402
 from memjax.mixers import Attention, GatedDeltaNet, LinearAttention, Mamba, TTTLinear  # noqa: E402
 from memjax.model import Model  # noqa: E402
 from memjax.sharding import Mesh, virtual_devices  # noqa: E402
+from pallas_kernels import dispatch  # noqa: E402
 
 VOCAB = 256
 MIXERS = {
@@ -86,9 +91,14 @@ def traffic() -> list[dict]:
         repeat=LAYERS,
         mixers={"linear_attention": LinearAttention(heads=HEADS)},
     )
-    parameters, rows = parameter_count(model, VOCAB), []
+    parameters, rows, devices = parameter_count(model, VOCAB), [], None
+    if TPU:
+        devices = list(
+            topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu").devices
+        )
     for axis, config in MESHES.items():
-        compiled, mesh = compile_step(experiment(model, config, ROWS, TOKENS), VOCAB)
+        with dispatch.target("tpu") if TPU else contextlib.nullcontext():
+            compiled, mesh = compile_step(experiment(model, config, ROWS, TOKENS), VOCAB, devices)
         sent = summary(collectives(compiled.as_text(), mesh))
         must = least(axis, parameters, mesh.size)
         row = {"axis": axis, "devices": mesh.size, "parameters": parameters, "least": must}

@@ -20,7 +20,16 @@ from memjax.collectives import collectives, compile_step
 from memjax.config import ConfigError
 from memjax.data import Data
 from memjax.experiment import Experiment
-from memjax.memory import RecurrentTokens
+from memjax.memory import (
+    ARMT,
+    LM2,
+    LandmarkMemory,
+    MemoryPlus,
+    Persistent,
+    ProductKeys,
+    RecurrentTokens,
+)
+from memjax.memory import MEMORIES as REGISTERED
 from memjax.mixers import LSTM, MIXERS, Attention, GatedDeltaNet, Mamba, TTTLinear
 from memjax.model import Model
 from memjax.sharding import Mesh, make_mesh
@@ -29,6 +38,7 @@ from memjax.training.config import Optimizer, Train
 from memjax.training.step import make_trainer, put_batch
 
 VOCAB, ROWS, LENGTH, WIDTH, STEPS = 32, 8, 32, 32, 5
+EPS = 1e-3  # of Adam: gradients that are rounding alone must not move a parameter by its full step
 
 MESHES = {
     "data8": Mesh(data=8),
@@ -39,6 +49,9 @@ MESHES = {
     "data2-fsdp2-tensor2": Mesh(data=2, fsdp=2, tensor=2),
     "fsdp2-tensor2-context2": Mesh(data=1, fsdp=2, tensor=2, context=2),
 }
+# Every axis, and every two of them; the shapes of one axis alone that these leave out are those of
+# a model of many mixers.
+FIVE = ("fsdp8", "tensor4", "data2-context4", "data2-fsdp2-tensor2", "fsdp2-tensor2-context2")
 # A mixer of every way to split tokens: a ring, summaries, turns of an operation and of a mixer.
 HYBRID = Model(
     d_model=WIDTH,
@@ -59,7 +72,7 @@ def experiment(model, mesh=Mesh(data=1), sequence=LENGTH, **train):
     return Experiment(
         model=model,
         data=Data(sequence=sequence, batch=ROWS, stream="documents"),
-        optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup=0),
+        optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup=0, eps=EPS),
         train=Train(**{"carry": True, "steps": 100, **train}),
         mesh=mesh,
     )
@@ -145,13 +158,37 @@ def test_accumulation_and_a_horizon_compose_with_a_split_sequence():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MIXERS)
 def test_every_kind_on_every_mesh_gives_the_same_numbers(kind):
-    compare(Model(d_model=WIDTH, pattern=(kind,), repeat=1), MESHES)
+    compare(Model(d_model=WIDTH, pattern=(kind,), repeat=1), FIVE)
 
 
 @pytest.mark.slow
-def test_memory_tokens_on_a_mesh_give_the_same_numbers():
-    memory = RecurrentTokens(slots=2, segment=8)
-    compare(dataclasses.replace(LINEAR, memory=memory), ("data2-context4", "data2-fsdp2-tensor2"))
+def test_every_shape_gives_the_same_numbers():
+    compare(HYBRID, [name for name in MESHES if name not in FIVE])
+
+
+# Memories beside mixers; those that take the place of mixers are among the kinds above.
+MEMORIES = {
+    "recurrent_tokens": RecurrentTokens(slots=2, segment=8),
+    "armt": ARMT(slots=2, segment=8, memory_size=4),
+    "lm2": LM2(slots=4, segment=8, heads=2),
+    "landmark": LandmarkMemory(block=3, blocks=4, segment=6),
+    "product_keys": ProductKeys(keys=8, heads=2, top_k=2, query_size=8),
+    "memory_plus": MemoryPlus(keys=8, heads=2, top_k=2, query_size=8),
+    "persistent": Persistent(slots=4),
+}
+
+
+def test_every_memory_has_a_case():
+    assert set(MEMORIES) | set(MIXERS) >= set(REGISTERED)
+    assert set(MEMORIES) >= {kind for kind, (_, module) in REGISTERED.items() if module is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEMORIES)
+def test_every_memory_on_every_mesh_gives_the_same_numbers(name):
+    backbone = {"landmark": "attention", "persistent": "attention"}.get(name, "linear_attention")
+    model = Model(d_model=WIDTH, pattern=(backbone,), repeat=1, memory=MEMORIES[name])
+    compare(model, FIVE)
 
 
 def test_parameters_and_states_are_born_where_they_live():
