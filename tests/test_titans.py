@@ -8,6 +8,7 @@ import pytest
 from memjax.config import FieldError
 from memjax.mixers import TitansMAC
 from memjax.mixers.deep_memory import DeepMemory
+from memjax.mixers.persistent import Prefix, attend_window
 from pallas_kernels import delta_rule, neural_memory
 from pallas_kernels.neural_memory import GradientDescent, LinearMap, Momentum
 
@@ -51,3 +52,30 @@ def test_a_segment_holds_whole_blocks():
         TitansMAC(segment=100)
     with pytest.raises(FieldError, match="memory.heads=3 must divide d_model=16"):
         TitansMAC(memory=DeepMemory(heads=3)).check_width(16)
+
+
+def test_a_window_without_persistent_tokens_has_finite_gradients_where_its_last_block_is_short():
+    window, tokens = 4, 6
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, tokens, 2, 4)) for key in keys)
+    before = ((0, 0), (window - 1, 0), (0, 0), (0, 0))
+    id_BT = jnp.zeros((1, tokens), jnp.int32)
+    id_BJ = jnp.pad(id_BT, before[:2], constant_values=-1)
+    none = jnp.zeros((2, 0, 4))
+
+    def attended(q, k, v):
+        there = (jnp.pad(k, before), jnp.pad(v, before), id_BJ)
+        return attend_window((q, q, id_BT), there, Prefix(none, none), window=window)
+
+    def plain(q, k, v):
+        gap = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
+        scores = jnp.einsum("bthk,bjhk->bhtj", q, k) / 2
+        scores = jnp.where((gap >= 0) & (gap < window), scores, -jnp.inf)
+        o = jnp.einsum("bhtj,bjhk->bthk", jax.nn.softmax(scores, -1), v)
+        return o.reshape(1, tokens, -1)
+
+    cotangent = jax.random.normal(jax.random.key(1), (1, tokens, 8))
+    ours, theirs = (jax.vjp(f, q, k, v) for f in (attended, plain))
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+    for mine, want in zip(ours[1](cotangent), theirs[1](cotangent)):
+        np.testing.assert_allclose(mine, want, rtol=1e-5, atol=1e-6)

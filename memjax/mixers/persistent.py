@@ -11,6 +11,10 @@ from memjax.layers import Linear, document_ids, normal
 from memjax.positions import Position, apply_position, positions
 from pallas_kernels.products import accumulation_dtype, dot, rows_dot_rows
 
+# Not infinity: a row behind the last token sees nothing, and is dropped. Without a prefix its
+# weights would be 0 / 0, and the gradient of every key with them.
+UNSEEN = -1e30
+
 
 class WindowState(NamedTuple):
     """Keys (with their positions worked in) and values of the last window - 1 tokens.
@@ -42,7 +46,7 @@ def attend(q_HCK, plain_HCK, k_HJK, v_HJK, prefix: Prefix, seen_CJ, penalty_HCJ=
     scores_HCJ = rows_dot_rows(q_HCK, k_HJK) * size**-0.5
     if penalty_HCJ is not None:
         scores_HCJ -= penalty_HCJ
-    scores_HCJ = jnp.where(seen_CJ, scores_HCJ, -jnp.inf)
+    scores_HCJ = jnp.where(seen_CJ, scores_HCJ, UNSEEN)
     wide = accumulation_dtype(q_HCK)
     scores_HCP = jnp.einsum(
         "...hck,hpk->...hcp", plain_HCK, prefix.k_HPK, preferred_element_type=wide
