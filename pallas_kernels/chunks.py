@@ -139,7 +139,7 @@ def _sum_of_heads(heads: int, _: None, g_HCC: jax.Array) -> tuple[jax.Array]:
     """Slice by slice on a CPU: XLA sums over other axes than the last twenty times as slowly."""
 
     def by_slices(g_HCC: jax.Array) -> jax.Array:
-        return sum(g_HCC[..., h : h + 1, :, :] for h in range(heads))
+        return functools.reduce(jnp.add, (g_HCC[..., h : h + 1, :, :] for h in range(heads)))
 
     def plain(g_HCC: jax.Array) -> jax.Array:
         return jnp.sum(g_HCC, -3, keepdims=True)

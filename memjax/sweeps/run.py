@@ -201,7 +201,7 @@ def _names_of(evaluations: Sequence[dict[str, Any]]) -> list[str]:
 
 def _rank(row: dict[str, Any]) -> tuple[int, float]:
     """The first evaluation decides, or else the loss."""
-    first = next(iter(row["evaluations"].values()), {})
+    first: dict[str, Any] = next(iter(row["evaluations"].values()), {})
     accuracy = first.get("accuracy")
     values = [first.get("word_perplexity"), None if accuracy is None else -accuracy]
     values += [row["eval_loss"], row["loss"]]
