@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"shapes", "config", "errors", "platform", "tables", "telemetry"},
+    {"shapes", "config", "errors", "platform", "tables", "telemetry", "liveness"},
     {"sharding", "ops", "distributed"},
     {"layers", "positions"},
     {"mixers", "memory", "data"},
