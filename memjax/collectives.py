@@ -160,6 +160,8 @@ def _collective(line: str, mesh: Mesh, times: int) -> Collective | None:
     if found is None:
         return None
     group = _group(found["rest"], mesh)
+    if len(group) == 1:  # a sum over an axis of one device: nothing is sent
+        return None
     places = np.array([np.unravel_index(device, mesh.devices.shape) for device in group])
     axes = [name for i, name in enumerate(mesh.axis_names) if len(set(places[:, i])) > 1]
     n, kind = len(group), found["kind"]
