@@ -153,7 +153,7 @@ def test_gradient_reaches_every_parameter_and_the_state_before(lm):
         reading = lm.read(start, x, reset)
         return (lm.logits(reading.hidden_BTD) ** 2).mean() + reading.auxiliary
 
-    for_params, for_state = jax.grad(loss, (0, 1), allow_int=True)(params, start)
+    for_params, for_state = jax.jit(jax.grad(loss, (0, 1), allow_int=True))(params, start)
     for leaf in floats((for_params, for_state)):
         assert jnp.isfinite(leaf).all()
     # Of the lanes without a reset, and so of the leaf as a whole, something must arrive.

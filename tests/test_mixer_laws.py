@@ -176,19 +176,20 @@ def test_speed_settings_do_not_change_the_mathematics(name):
     x, reset = segment(LENGTH, resets=RESETS)
 
     @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=2, has_aux=True)
     def run(mixer, start, x):
         state, y = mixer(start, x, reset)
         return (y**2).sum() + sum((leaf**2).sum() for leaf in floats(state)), (state, y)
 
     start = busy_state(mixer)
-    (_, want), gradient = jax.value_and_grad(run, 2, has_aux=True)(mixer, start, x)
+    (_, want), gradient = run(mixer, start, x)
     definition, params = nnx.split(mixer)
     for change in others:
         twin = MIXERS[config.kind][1](
             dataclasses.replace(config, **change), WIDTH, rngs=nnx.Rngs(0)
         )
         twin = nnx.merge(nnx.split(twin)[0], params)
-        (_, got), twin_gradient = jax.value_and_grad(run, 2, has_aux=True)(twin, start, x)
+        (_, got), twin_gradient = run(twin, start, x)
         assert_close(got, want, rtol=1e-4, atol=1e-4)
         assert_close(twin_gradient, gradient, rtol=2e-3, atol=2e-4 * jnp.abs(gradient).max())
 
