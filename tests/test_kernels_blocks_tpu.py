@@ -12,42 +12,13 @@ import pytest
 from kernels import assert_near, defined, float32, interpreted, lowered
 
 from pallas_kernels import dispatch, neural_memory, ttt_linear, ttt_mlp
-from pallas_kernels.neural_memory import (
-    KL,
-    L2,
-    MLP,
-    DotProduct,
-    ElasticNet,
-    GatedMLP,
-    GradientDescent,
-    Huber,
-    LinearMap,
-    Lp,
-    Lq,
-    Mirror,
-    Momentum,
-    Nesterov,
-    Robust,
-    WeightDecay,
-)
+from pallas_kernels.aot_cases import RULES, TITANS
 from pallas_kernels.ttt import LinearMemory, MLPMemory, Norm
 
 BATCH, TOKENS, HEADS, SIZE, HIDDEN, BLOCK = 2, 37, 2, 5, 6, 16
 RESETS = [(0, 5), (0, 20), (0, 21), (1, 0), (1, 32)]
 FIRST = 21  # tokens of the first of two calls; the second gets its state, in the middle of a block
 TTT = {"ttt_linear": ttt_linear, "ttt_mlp": ttt_mlp}
-
-TITANS = dict(structure=MLP(), bias=L2(), retention=WeightDecay(), learner=Momentum())
-MEMORIES = {
-    "titans": TITANS,
-    "linear": TITANS | dict(structure=LinearMap(), learner=GradientDescent()),
-    "moneta": TITANS | dict(bias=Lp(power=3), retention=Lq(), learner=GradientDescent()),
-    "yaad": TITANS | dict(bias=Huber(), learner=GradientDescent()),
-    "memora": TITANS | dict(retention=KL(), learner=GradientDescent()),
-    "gated": TITANS | dict(structure=GatedMLP(), bias=Robust(), learner=Nesterov()),
-    "hebb": TITANS | dict(structure=LinearMap(), bias=DotProduct(), retention=Mirror()),
-    "sparse": TITANS | dict(structure=MLP(layers=3, residual_norm=False), retention=ElasticNet()),
-}
 
 
 def resets(tokens=TOKENS, batch=BATCH):
@@ -136,12 +107,12 @@ def test_interpreted_ttt_equals_the_token_loop_and_its_gradients(op):
     assert_near(got[1], want[1], 2e-4, least=1e-3)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MEMORIES if name != "titans"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in RULES if name != "titans"]
 
 
 @pytest.mark.parametrize("name", ["titans", *SLOW])
 def test_interpreted_memories_equal_the_token_loop_and_their_gradients(name):
-    rule = MEMORIES[name]
+    rule = RULES[name]
     args, settings = memory_arguments(rule), rule | {"update_every": BLOCK}
     got = interpreted(in_two(calling(neural_memory, "tpu", **settings)), args)
     want = defined(in_two(calling(neural_memory, "reference", **settings)), args)
