@@ -59,8 +59,10 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     times = _times(bodies, entry)
     found: dict[Any, Collective] = {}
     for name, lines in bodies.items():
+        # For TPU a reduce-scatter is an operation of its own, of an all-reduce and slices of it.
+        scattered = name.startswith("all-reduce-scatter")
         for line in lines if times.get(name, 0) else ():
-            one = _collective(line, mesh, times[name])
+            one = _collective(line, mesh, times[name], scattered)
             if one is not None:
                 channel = _CHANNEL.search(line)
                 # For TPU a collective is written down in each operation that it runs beside.
@@ -155,7 +157,8 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     return int(limits.pop()) if len(limits) == 1 else 1
 
 
-def _collective(line: str, mesh: Mesh, times: int) -> Collective | None:
+def _collective(line: str, mesh: Mesh, times: int, scattered: bool) -> Collective | None:
+    """scattered: whether an all-reduce is what is written down of a reduce-scatter."""
     found = _OPERATION.search(line)
     if found is None:
         return None
@@ -172,6 +175,8 @@ def _collective(line: str, mesh: Mesh, times: int) -> Collective | None:
         math.prod(int(n) for n in shape.split(",") if n) * BITS.get(kind, 32) // 8
         for kind, shape in arrays
     )
+    if scattered and kind == "all-reduce":
+        kind, size = "reduce-scatter", size // n
     sent = {
         "all-gather": size * (n - 1) / n,
         "all-reduce": 2 * size * (n - 1) / n,

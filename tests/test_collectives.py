@@ -69,3 +69,23 @@ def test_what_an_asynchronous_collective_sends_is_not_counted_with_what_it_makes
         ("all-reduce", ("fsdp",), 1, 4 * 8, 2 * 4 * 8 * 3 / 4),
         ("reduce-scatter", ("fsdp",), 1, 4 * 16 * 8, 4 * 16 * 8 * 3),
     ]
+
+
+SCATTERED = """HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter.8.clone.1 (input: f32[64,8], input.1: f32[8]) -> (f32[16,8], f32[2]) {
+  %all-reduce.66 = (f32[64,8]{0,1:T(8,128)}, f32[8]{0}) all-reduce(%input, %input.1), \
+channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %dynamic-slice.328 = f32[16,8]{0,1} dynamic-slice(%get-tuple-element.1, %multiply, %constant)
+  %dynamic-slice.329 = f32[2]{0} dynamic-slice(%get-tuple-element.2, %multiply)
+}
+
+ENTRY %main.6 (param.1: f32[64,8]) -> f32[16,8] {
+  %fusion.4 = (f32[16,8], f32[2]) fusion(%x, %y), kind=kCustom, calls=%all-reduce-scatter.8.clone.1
+}
+"""
+
+
+def test_for_tpu_an_all_reduce_that_is_sliced_is_a_reduce_scatter():
+    part = 4 * (16 * 8 + 2)
+    assert collectives(SCATTERED, MESH) == [("reduce-scatter", ("fsdp",), 1, part, 3 * part)]
