@@ -3,7 +3,8 @@
 Tolerance: float32 sums in another order differ by a few units in the last place of values of
 order one; 2e-5 leaves room for the products of two of them.
 
-Nearly all of the time goes into compilation: tests share a few lengths, and programs are whole.
+Nearly all of the time goes into compilation: tests share a few lengths, programs are whole, and
+what needs a gradient weights the outputs of one program.
 """
 
 import dataclasses
@@ -48,6 +49,19 @@ def mixer(request):
 
 def floats(state):
     return [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+@jax.jit
+def weighted(mixer, start, x, reset, y_weight, state_weight):
+    """State, outputs, and the gradients of their weighted squares for (start, x)."""
+
+    def loss(start, x):
+        state, y = mixer(start, x, reset)
+        squares = sum((leaf**2).sum() for leaf in floats(state))
+        return (y_weight[:, None] * y**2).sum() + state_weight * squares, (state, y)
+
+    gradients, (state, y) = jax.grad(loss, (0, 1), has_aux=True, allow_int=True)(start, x)
+    return state, y, *gradients
 
 
 @pytest.mark.parametrize(
@@ -95,8 +109,8 @@ def test_outputs_do_not_depend_on_later_tokens(mixer):
         _, whole = apply(mixer, start, x, reset)
         np.testing.assert_allclose(changed[:, :t], whole[:, :t], rtol=1e-6, atol=1e-6)
         assert jnp.abs(changed[:, t:] - whole[:, t:]).max() > 1e-3
-    early = lambda x: (mixer(start, x, reset)[1][:, :20] ** 2).sum()  # noqa: E731
-    gradient = jax.jit(jax.grad(early))(x)
+    early = (jnp.arange(LENGTH) < 20).astype(float)
+    *_, gradient = weighted(mixer, start, x, reset, early, 0.0)
     assert jnp.abs(gradient[:, 20:]).max() == 0
     assert jnp.abs(gradient[:, :20]).max() > 0
 
@@ -108,25 +122,20 @@ def test_nothing_crosses_a_reset(mixer):
     want_state, want = apply(mixer, mixer.init_state(3), x[:, 21:], reset[:, 21:].at[:].set(False))
     assert_close(y[:, 21:], want)
     assert_close(state, want_state)
-
-    def after(start, x):
-        state, y = mixer(start, x, reset)
-        return (y[:, 21:] ** 2).sum() + sum((leaf**2).sum() for leaf in floats(state))
-
-    from_state, from_x = jax.jit(jax.grad(after, (0, 1), allow_int=True))(start, x)
+    after = (jnp.arange(LENGTH) >= 21).astype(float)
+    *_, from_state, from_x = weighted(mixer, start, x, reset, after, 1.0)
     assert max(float(jnp.abs(leaf).max(initial=0)) for leaf in floats(from_state)) == 0
     assert jnp.abs(from_x[:, :21]).max() == 0
     assert jnp.abs(from_x[:, 21:]).max() > 0
 
 
 def test_gradient_reaches_the_state_before_the_segment(mixer):
-    x, reset = segment(5)
+    x, reset = segment(LENGTH)
     start = busy_state(mixer)
     if not floats(start) or all(leaf.size == 0 for leaf in floats(start)):
         assert mixer.reach == 1  # a window of one token has nothing to remember
         return
-    loss = lambda start: (mixer(start, x, reset)[1] ** 2).sum()  # noqa: E731
-    gradient = jax.jit(jax.grad(loss, allow_int=True))(start)
+    *_, gradient, _ = weighted(mixer, start, x, reset, jnp.ones(LENGTH), 0.0)
     reached = [leaf.size == 0 or jnp.abs(leaf).max() > 0 for leaf in floats(gradient)]
     assert all(jnp.isfinite(leaf).all() for leaf in floats(gradient))
     assert any(reached) if isinstance(mixer, IN_PART_CLASSES) else all(reached)
@@ -174,22 +183,15 @@ def test_speed_settings_do_not_change_the_mathematics(name):
         return
     mixer = mixer_of(name)
     x, reset = segment(LENGTH, resets=RESETS)
-
-    @jax.jit
-    @functools.partial(jax.value_and_grad, argnums=2, has_aux=True)
-    def run(mixer, start, x):
-        state, y = mixer(start, x, reset)
-        return (y**2).sum() + sum((leaf**2).sum() for leaf in floats(state)), (state, y)
-
-    start = busy_state(mixer)
-    (_, want), gradient = run(mixer, start, x)
+    start, ones = busy_state(mixer), jnp.ones(LENGTH)
+    *want, _, gradient = weighted(mixer, start, x, reset, ones, 1.0)
     definition, params = nnx.split(mixer)
     for change in others:
         twin = MIXERS[config.kind][1](
             dataclasses.replace(config, **change), WIDTH, rngs=nnx.Rngs(0)
         )
         twin = nnx.merge(nnx.split(twin)[0], params)
-        (_, got), twin_gradient = run(twin, start, x)
+        *got, _, twin_gradient = weighted(twin, start, x, reset, ones, 1.0)
         assert_close(got, want, rtol=1e-4, atol=1e-4)
         assert_close(twin_gradient, gradient, rtol=2e-3, atol=2e-4 * jnp.abs(gradient).max())
 
