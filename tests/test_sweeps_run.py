@@ -287,3 +287,21 @@ def test_a_wrong_argument_is_one_line(argv, parts, tmp_path, monkeypatch, capfd)
     err = capfd.readouterr().err
     assert len(err.strip().splitlines()) == 1 and all(part in err for part in parts), err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_whose_sweep_is_gone_ends_without_a_traceback(tmp_path):
+    (tmp_path / "logs").mkdir()
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "memjax.sweeps.worker", str(tmp_path), "--serve"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    worker.stdout.close()
+    worker.stdin.write("no-such-point\n")
+    worker.stdin.close()
+    worker.stdin = worker.stdout = None
+    _, errors = worker.communicate(timeout=120)
+    assert worker.returncode == 0, errors
+    assert "Traceback" not in errors and "BrokenPipe" not in errors

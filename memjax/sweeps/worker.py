@@ -150,7 +150,7 @@ class _Memory:
 
 def serve(folder: Path, termination: Termination) -> int:
     """Train the points that standard input names; see the module."""
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    replies = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     names: queue.Queue[str | None] = queue.Queue()
 
@@ -170,7 +170,8 @@ def serve(folder: Path, termination: Termination) -> int:
         memory.tidy()
         termination.busy = False
         answer = {"point": name, "state": state, "status": status, "error": error}
-        replies.write(json.dumps(answer) + "\n")
+        with contextlib.suppress(BrokenPipeError):  # how the point ended is in its folder, too
+            os.write(replies, f"{json.dumps(answer)}\n".encode())
     return 0
 
 
