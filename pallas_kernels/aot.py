@@ -2,9 +2,9 @@
 
 --target=tpu[:TOPOLOGY] needs the package `libtpu` (TOPOLOGY: v5e:2x2 if not given, v6e:2x2, ...).
 --target=cuda needs jax's CUDA plugin and `ptxas`; code is made for Hopper, and a kernel that keeps
-more than SPILL_LIMIT bytes of registers in memory fails. Without the libraries of CUDA, set
-JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1. Lowering alone (the tests) misses what only the compilers know:
-layouts, memory that does not fit, spills. Exit status 1 if a kernel fails.
+more than SPILL_LIMIT bytes of registers in memory (more than SPILLS, where named) fails. Without
+the libraries of CUDA, set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1. Lowering alone (the tests) misses what
+only the compilers know: layouts, memory that does not fit, spills. Exit status 1 if a kernel fails.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from pallas_kernels import (  # noqa: E402
     linear_attention,
     selective_scan,
 )
-from pallas_kernels.aot_cases import tpu_cases  # noqa: E402
+from pallas_kernels.aot_cases import gpu_cases, tpu_cases  # noqa: E402
 
 HOPPER = """
 gpu_device_info {
@@ -54,6 +54,12 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 SPILL_LIMIT = 8  # bytes a thread: an address or two, not an accumulator
+# As seen in the assembly: addresses and counts, read again once a block or once a kernel.
+SPILLS = {
+    "attention cap and sinks K=128": 40,
+    "linear_attention channel K=128 bfloat16": 12,
+    "linear_attention channel K=128, 64 heads": 12,
+}
 Case = tuple[str, Callable[[dict], Any], dict[str, Any]]
 BATCH, TOKENS, HEADS = 1, 1024, 4
 
@@ -63,10 +69,11 @@ def cases(platform: str) -> Iterator[Case]:
     impl = {"tpu": "tpu", "gpu": "gpu"}[platform]
     bf16, f32 = jnp.bfloat16, jnp.float32
     kinds = {"tpu": ((64, f32), (128, bf16)), "gpu": ((64, bf16), (128, bf16))}[platform]
-    decays = ("none", "head", "channel") if platform == "tpu" else ("none", "head")
     for size, kind in kinds:
         for op in (linear_attention, delta_rule):
-            for decay in decays:
+            for decay in ("none", "head", "channel"):
+                if (op, decay, platform) == (delta_rule, "channel", "gpu"):
+                    continue
                 args = _memory(op is delta_rule, decay, size, kind)
                 name = f"{op.__name__} {decay} K={size} {kind.__name__}"
                 yield name, _calling(op, impl=impl, chunk=64), args
@@ -78,21 +85,29 @@ def cases(platform: str) -> Iterator[Case]:
                 yield f"attention {name} K={size}", _calling(attention, impl=impl, **rule), args
         for name, op, args in tpu_cases():
             yield name, _calling(op, impl=impl), args
+    else:
+        for name, op, args in gpu_cases():
+            yield name, _calling(op, impl=impl), args
+        for op, decay in ((linear_attention, "channel"), (delta_rule, "head")):
+            args = _memory(op is delta_rule, decay, 128, bf16, heads=64)
+            yield f"{op.__name__} {decay} K=128, 64 heads", _calling(op, impl=impl), args
 
 
 def _shape(sizes: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, kind)
 
 
-def _memory(delta: bool, decay: str, size: int, kind: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    args = {name: _shape((BATCH, TOKENS, HEADS, size), kind) for name in "qkv"}
-    args["initial_state"] = _shape((BATCH, HEADS, size, size), jnp.float32)
+def _memory(
+    delta: bool, decay: str, size: int, kind: Any, heads: int = HEADS
+) -> dict[str, jax.ShapeDtypeStruct]:
+    args = {name: _shape((BATCH, TOKENS, heads, size), kind) for name in "qkv"}
+    args["initial_state"] = _shape((BATCH, heads, size, size), jnp.float32)
     args["reset"] = _shape((BATCH, TOKENS), jnp.bool_)
     if decay != "none":
         channels = (size,) if decay == "channel" else ()
-        args["log_decay"] = _shape((BATCH, TOKENS, HEADS, *channels), jnp.float32)
+        args["log_decay"] = _shape((BATCH, TOKENS, heads, *channels), jnp.float32)
     if delta:
-        args["beta"] = _shape((BATCH, TOKENS, HEADS), jnp.float32)
+        args["beta"] = _shape((BATCH, TOKENS, heads), jnp.float32)
     return args
 
 
@@ -144,7 +159,8 @@ def compile_all(target: str) -> int:
         try:
             with dispatch.target(platform):
                 jax.jit(call).trace(placed).lower().compile()
-            problem = _spills(set(_DUMP.iterdir()) - seen)
+            limit = SPILLS.get(name, SPILL_LIMIT)
+            problem = _spills(set(_DUMP.iterdir()) - seen, limit)
         except Exception as error:  # a compiler's error of any type is this case's result
             problem = str(error).strip().splitlines()[0][:300] or type(error).__name__
         seconds = time.perf_counter() - start
@@ -153,12 +169,12 @@ def compile_all(target: str) -> int:
     return failed
 
 
-def _spills(dumps: set[Path]) -> str:
+def _spills(dumps: set[Path], limit: int) -> str:
     """Registers kept in memory, as the assembler reports them."""
     texts = [path.read_text(errors="replace") for path in sorted(dumps) if path.is_file()]
     spilled = [int(n) for text in texts for n in re.findall(r"(\d+) bytes spill stores", text)]
     most = max(spilled, default=0)
-    return f"{most} bytes spilled; at most {SPILL_LIMIT} allowed" if most > SPILL_LIMIT else ""
+    return f"{most} bytes spilled; at most {limit} allowed" if most > limit else ""
 
 
 def main(arguments: list[str] | None = None) -> int:

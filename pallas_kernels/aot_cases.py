@@ -1,5 +1,6 @@
-"""Calls of the operations that have a kernel for TPU alone, for `pallas_kernels.aot`."""
+"""Calls of the operations that are compiled for one platform alone, for `pallas_kernels.aot`."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,6 +72,19 @@ def tpu_cases() -> Iterator[Case]:
         args = {n: _shape(kind, BATCH, TOKENS, h, 128) for n, h in zip("qkv", (4, 2, 2))}
         args["sinks"] = _shape(f32, 4)
         yield f"attention cap and sinks {kind.__name__}", _capped, args
+
+
+def gpu_cases() -> Iterator[Case]:
+    """The same, for a Hopper GPU."""
+    bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
+    for size in (64, 128):
+        sizes = zip("qkv", (4, 2, 2))
+        args = {n: _shape(bf16, BATCH, 4 * TOKENS, heads, size) for n, heads in sizes}
+        ids = {"segment_ids": _shape(i32, BATCH, 4 * TOKENS)}
+        yield f"attention documents K={size}", attention, args | ids
+        yield f"attention cap and sinks K={size}", _capped, args | {"sinks": _shape(f32, 4)}
+        window = functools.partial(attention, window=300)
+        yield f"attention slopes in a window K={size}", window, args | {"bias": _shape(f32, 4)}
 
 
 def _capped(*, impl: str, **args: Any) -> jax.Array:

@@ -26,10 +26,25 @@ import numpy as np
 
 import pallas_kernels
 from pallas_kernels import dispatch
-from pallas_kernels.bench_inputs import Shape, abstract, draw, drawn_there, placed
+from pallas_kernels.bench_inputs import (
+    DOCUMENTS,
+    Shape,
+    abstract,
+    documents,
+    draw,
+    drawn_there,
+    placed,
+)
 
-OPS = {name: getattr(pallas_kernels, name) for name in ("linear_attention", "delta_rule")}
-OPS["attention"] = pallas_kernels.attention
+# Behind a point: decays a channel (else a head), documents packed in a row (else one a row).
+NAMES = (
+    "linear_attention",
+    "linear_attention.channel",
+    "delta_rule",
+    "attention",
+    "attention.documents",
+)
+OPS = {name: getattr(pallas_kernels, name.partition(".")[0]) for name in NAMES}
 
 # bfloat16 FLOP/s and bytes/s, as their makers publish them. Of others matmul and copy are measured.
 PEAKS = {
@@ -57,11 +72,14 @@ class Row(NamedTuple):
 def calls(shape: Shape, impl: str) -> tuple[Any, Any]:
     """Forward, and forward with every gradient."""
     settings: dict[str, Any] = {"impl": impl}
-    if shape.op != "attention":
+    if shape.base != "attention":
         settings["chunk"] = 64 if jax.default_backend() != "cpu" else 32
 
     def forward(args):
-        return OPS[shape.op](**args, **settings)
+        ids = {}
+        if shape.op.endswith(".documents"):
+            ids["segment_ids"] = documents(*args["q"].shape[:2])
+        return OPS[shape.op](**args, **ids, **settings)
 
     def both(args):
         out, pull = jax.vjp(forward, args)
@@ -112,16 +130,19 @@ def work(shape: Shape) -> tuple[tuple[float, float], tuple[float, float]]:
     FLOPs: two (the delta rule: three) products of a vector and the state a token, or half the
     pairs of attention; backward twice as many (2.5 times: attention makes its weights again).
     Bytes: forward reads q, k, v and writes o; backward reads q, k, v, dO (attention: and o) and
-    writes dq, dk, dv. Numbers of tokens (decays, their gradients) are under 2% and not counted.
+    writes dq, dk, dv. Decays a channel are float32, read twice, and their gradient written. Other
+    numbers of tokens (decays a head, their gradients) are under 2% and not counted.
     """
     tokens = shape.batch * shape.tokens * shape.heads
     tensor = tokens * shape.size * jnp.dtype(shape.dtype).itemsize
-    if shape.op == "attention":
-        flops, more, tensors = tokens * 2.0 * shape.size * shape.tokens, 3.5, 12.0
+    if shape.base == "attention":
+        length = shape.tokens / (DOCUMENTS if shape.op.endswith(".documents") else 1)
+        flops, more, tensors = tokens * 2.0 * shape.size * length, 3.5, 12.0
     else:
-        products = {"linear_attention": 2, "delta_rule": 3}[shape.op]
+        products = {"linear_attention": 2, "delta_rule": 3}[shape.base]
         flops, more, tensors = tokens * products * 2.0 * shape.size**2, 3.0, 11.0
-    return (flops, 4.0 * tensor), (more * flops, tensors * tensor)
+    decays = 4.0 * tokens * shape.size if shape.op.endswith(".channel") else 0.0
+    return (flops, 4.0 * tensor + decays), (more * flops, tensors * tensor + 3.0 * decays)
 
 
 def peaks() -> tuple[float, float]:
@@ -168,7 +189,7 @@ def measure(
 def show(row: Row) -> str:
     shape = row.shape
     return (
-        f"{shape.op:17} {row.impl:9} T={shape.tokens:<6} H={shape.heads:<3} K={shape.size:<4}"
+        f"{shape.op:24} {row.impl:9} T={shape.tokens:<6} H={shape.heads:<3} K={shape.size:<4}"
         f"{shape.dtype:9} error {row.error:.0e} gradients {row.gradient_error:.0e}  "
         f"forward {row.forward_ms:9.3f} ms ({100 * row.forward_share:.0f}%)  "
         f"both {row.both_ms:9.3f} ms ({100 * row.roof_share:.0f}% of {row.roof})"
@@ -225,13 +246,13 @@ def cases(settings: Any) -> Iterator[tuple[Shape, str]]:
         batch = max(settings.total // tokens, 1)
         shape = Shape(op, batch, tokens, heads, size, settings.dtype)
         for impl in settings.impls:
-            if impl not in dispatch.AVAILABLE[op]:
+            if impl not in dispatch.AVAILABLE[shape.base]:
                 continue
             reason = suits(shape, impl)
             if reason is None:
                 yield shape, impl
             else:
-                print(f"{op:17} {impl:9} T={tokens:<6} not run: {reason}")
+                print(f"{op:24} {impl:9} T={tokens:<6} not run: {reason}")
 
 
 def main(arguments: list[str] | None = None) -> int:

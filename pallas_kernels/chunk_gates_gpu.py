@@ -13,20 +13,6 @@ from pallas_kernels.warpgroup_gpu import CHUNK
 ENDS = -30.0
 
 
-def unfit(q, k, v, log_decay) -> str | None:
-    """Why the kernels cannot take a call, sizes apart."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != jnp.bfloat16:
-            return f"{name} has dtype {x.dtype}; it must be bfloat16"
-    if log_decay is not None and log_decay.ndim == 4:
-        return "log_decay must be None or one a head"
-    if jax.default_backend() == "gpu":
-        capability = jax.local_devices()[0].compute_capability
-        if capability != "9.0":
-            return f"its instructions are those of compute capability 9.0, not {capability}"
-    return None
-
-
 def flat(x_BTHK: jax.Array) -> jax.Array:
     """`[B, T, H, K]` to `[B, L, H K]` of whole chunks."""
     x_BLHK = lanes.pad_tokens(x_BTHK, CHUNK)

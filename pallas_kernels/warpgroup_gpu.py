@@ -18,6 +18,35 @@ CHUNK = 64  # tokens: the rows of one wgmma
 SIZES = (64, 128)  # K and V
 COARSE, FINE, DOCUMENT, ENTER, LEAVE, BETA = range(6)  # rows of the gates of a chunk
 
+BLOCKS = 128  # of threads, near one for each of 132 processors, where chunks wait for each other
+
+
+def stages_of(columns: int) -> int:
+    """Chunks that such a block loads ahead: more where it has a processor for itself."""
+    return 2 if columns == 64 else 4
+
+
+def columns_of(lanes: int, value_size: int) -> int:
+    """Columns of V that it takes: as few as give every processor a block."""
+    return next((n for n in (64, 32) if lanes * (value_size // n) >= BLOCKS), 16)
+
+
+def dtype_unfit(**arrays: jax.Array) -> str | None:
+    """Why kernels of bfloat16 cannot take the arrays."""
+    for name, x in arrays.items():
+        if x.dtype != jnp.bfloat16:
+            return f"{name} has dtype {x.dtype}; it must be bfloat16"
+    return None
+
+
+def card_unfit() -> str | None:
+    """Why the kernels cannot run on the card of this process, where it has one."""
+    if jax.default_backend() == "gpu":
+        capability = jax.local_devices()[0].compute_capability
+        if capability != "9.0":
+            return f"its instructions are those of compute capability 9.0, not {capability}"
+    return None
+
 
 class Warpgroup:
     """Operations in the body of a kernel."""
@@ -52,9 +81,33 @@ class Warpgroup:
         layout = self.layout if layout is None else layout
         return compat.gpu_load(ref.at[index] if index else ref, layout)
 
+    def load_chunk(self, heads: int, by_token: Any, by_chunk: Any, loaded: Any) -> tuple[Any, Any]:
+        """Fill the tiles of a block of threads that has a chunk of a lane for itself, and wait.
+
+        Pairs of an array in memory and a tile: `[B, T, H F]` and `[C, F]` by token, `[N, M, ...]`
+        by chunk. Returns the lane and the chunk, and for a tile by token its place in an array.
+        """
+        chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
+        row, head = lax.div(lane, heads), lax.rem(lane, heads)
+        rows = self.pl.ds(chunk * CHUNK, CHUNK)
+
+        def place(tile: Any) -> tuple[Any, ...]:
+            size = tile.shape[-1]
+            return row, rows, self.pl.ds(head * size, size)
+
+        for source, tile in by_token:
+            self.gpu.copy_gmem_to_smem(source.at[place(tile)], tile, loaded)
+        for source, tile in by_chunk:
+            self.gpu.copy_gmem_to_smem(source.at[lane, chunk], tile, loaded)
+        self.gpu.barrier_wait(loaded)
+        return (lane, chunk), place
+
     def zeros(self, *shape: int) -> jax.Array:
-        x = jnp.zeros(shape, jnp.float32)
-        return x if self.interpreted else self.gpu.layout_cast(x, self.layout)
+        return self.full(0.0, *shape, layout=self.layout)
+
+    def full(self, value: float, *shape: int, layout: Any) -> jax.Array:
+        x = jnp.full(shape, value, jnp.float32)
+        return x if self.interpreted else self.gpu.layout_cast(x, layout)
 
     def rows(self, gates: Any, row: int, columns: int) -> jax.Array:
         """A gate of each token, along its row."""
@@ -66,12 +119,19 @@ class Warpgroup:
         gate = self.read(gates, row, layout=self.by_column)
         return lax.broadcast_in_dim(gate, (CHUNK, CHUNK), (1,))
 
-    def places(self) -> list[jax.Array]:
-        """Row and column of every pair of tokens."""
+    def places(self, rows: int = CHUNK, columns: int = CHUNK) -> list[jax.Array]:
+        """Row and column of every entry of a matrix, of every pair of tokens if not told."""
+        shape = (rows, columns)
         if self.interpreted:
-            return [lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1)]
-        iota, shape = self.gpu.broadcasted_iota, (CHUNK, CHUNK)
+            return [lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1)]
+        iota = self.gpu.broadcasted_iota
         return [iota(jnp.int32, shape, axis, layout=self.layout) for axis in (0, 1)]
+
+    def indices(self, count: int, layout: Any) -> jax.Array:
+        """0, 1, ..., of rows or of columns."""
+        if self.interpreted:
+            return lax.iota(jnp.int32, count)
+        return self.gpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
 
     def weights(self, gates: Any, *, reverse: bool = False, strict: bool = False) -> jax.Array:
         """pair_ij of rows i and columns j: 0 unless j <= i (or >=, or <) in the same document."""

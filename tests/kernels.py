@@ -59,6 +59,23 @@ def assert_near(got, want, part, least=0.0):
         np.testing.assert_allclose(a, b, rtol=0, atol=part * max(np.abs(b).max(initial=0), 1e-6))
 
 
+def assert_nothing_crosses_a_reset(call, args, batch, tokens, at=9):
+    """Of what `call(args, reset)` gives at a reset and behind it, no gradient reaches beyond, not
+    even as rounding. Arguments have tokens in their second axis, but for the initial state."""
+    reset = jnp.zeros((batch, tokens), bool).at[:, at].set(True)
+
+    def after(args):
+        o, state = call(args, reset)
+        return jnp.sum(o[:, at:] ** 2) + jnp.sum(state**2)
+
+    with dispatch.target("tpu", interpreter=True):
+        got = jax.jit(jax.grad(after))(args)
+    assert jnp.abs(got.pop("initial_state")).max() == 0
+    for gradient in got.values():
+        assert jnp.abs(gradient[:, :at]).max() == 0
+        assert jnp.abs(gradient[:, at:]).max() > 0
+
+
 def lowered(function, *args):
     """The program for a TPU, as text; args may be arrays of any kind."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)

@@ -16,22 +16,29 @@ from pallas_kernels.attention import maintained
 from pallas_kernels.chunk_gates_gpu import decay_gradient
 from pallas_kernels.linear_attention import gpu as linear_attention_gpu
 
-OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule}
+OPS = {
+    "linear_attention": linear_attention,
+    "channels": linear_attention,  # with a decay of each channel
+    "delta_rule": delta_rule,
+}
 TOKENS, HEADS, SIZE = 130, 2, 64
-RESETS = [5, 64, 65, 100]
+RESETS = [5, 64, 65, 90]
 
 
-def draw(op, size=SIZE, tokens=TOKENS):
+def draw(op, size=SIZE, tokens=TOKENS, heads=HEADS):
     normal = np.random.default_rng(0).standard_normal
-    args = {name: normal((1, tokens, HEADS, size)) for name in "qkv"}
+    args = {name: normal((1, tokens, heads, size)) for name in "qkv"}
     args["k"] /= np.linalg.norm(args["k"], axis=-1, keepdims=True)
     args = {name: jnp.asarray(x, jnp.bfloat16) for name, x in args.items()}
-    args["initial_state"] = jnp.asarray(normal((1, HEADS, size, size)), jnp.float32)
-    gates = -np.exp(2 * normal((1, tokens, HEADS)) - 2)
+    args["initial_state"] = jnp.asarray(normal((1, heads, size, size)), jnp.float32)
+    channels = (size,) if op == "channels" else ()
+    gates = -np.exp(2 * normal((1, tokens, heads, *channels)) - 2)
     gates[0, 20] = -1e4  # forgets everything, and must not blur the tokens around it
+    if op == "channels":
+        gates[0, 40:, 0, ::2], gates[0, 70:73] = -np.inf, 0.0
     args["log_decay"] = jnp.asarray(gates, jnp.float32)
     if op == "delta_rule":
-        strength = 2 / (1 + np.exp(-normal((1, tokens, HEADS))))
+        strength = 2 / (1 + np.exp(-normal((1, tokens, heads))))
         args["beta"] = jnp.asarray(strength, jnp.float32)
     return args
 
@@ -56,10 +63,13 @@ def outputs_and_gradients(op, args, reset, impl):
 
 @pytest.mark.parametrize("op", OPS)
 def test_interpreted_chunks_equal_the_token_loop_without_a_race(op, monkeypatch):
-    """Three chunks; linear attention in two segments, one of two chunks and one of one."""
+    """Three chunks; linear attention in two segments, one of two chunks and one of one.
+
+    With decays of channels, two chunks of one head: every block of threads is compiled anew.
+    """
     monkeypatch.setattr(linear_attention_gpu, "LEAST_CHUNKS", 2)
-    args = draw(op)
-    reset = jnp.zeros((1, TOKENS), bool).at[0, jnp.asarray(RESETS)].set(True)
+    args = draw(op, tokens=100, heads=1) if op == "channels" else draw(op)
+    reset = jnp.zeros(args["q"].shape[:2], bool).at[0, jnp.asarray(RESETS)].set(True)
     with dispatch.target("gpu", interpreter=compat.gpu_interpreter(detect_races=True)):
         got, got_gradients = outputs_and_gradients(op, args, reset, "gpu")
     want, want_gradients = outputs_and_gradients(op, args, reset, "reference")
@@ -94,20 +104,23 @@ def test_only_a_hopper_card_runs_the_kernels(capability, chosen, monkeypatch):
     assert dispatch.resolve("linear_attention", "auto", unfit) == chosen
 
 
-def test_the_delta_rules_sizes_are_refused_by_name():
-    args = {name: jnp.ones((1, 64, 1, 256), jnp.bfloat16) for name in "qkv"}
-    with dispatch.target("gpu"), pytest.raises(ValueError, match="K=256 must be one of"):
-        delta_rule(**args, beta=jnp.ones((1, 64, 1)), impl="gpu")
+@pytest.mark.parametrize("size, message", [(256, "K=256 must be one of"), (64, "one a head")])
+def test_what_the_delta_rules_kernel_has_not_is_refused_by_name(size, message):
+    args = {name: jnp.ones((1, 64, 1, size), jnp.bfloat16) for name in "qkv"}
+    args |= {"beta": jnp.ones((1, 64, 1)), "log_decay": -jnp.ones((1, 64, 1, size))}
+    with dispatch.target("gpu"), pytest.raises(ValueError, match=message):
+        delta_rule(**args, impl="gpu")
 
 
-def test_the_delta_rule_with_three_parts_of_values():
-    args = draw("delta_rule", tokens=40)
+@pytest.mark.parametrize("op", ["channels", "delta_rule"])
+def test_three_parts_of_values(op):
+    args = draw(op, tokens=40)
     args["v"] = jnp.concatenate([args["v"], -2 * args["v"], args["v"][:, ::-1]], -1)
     state = args["initial_state"]
     args["initial_state"] = jnp.concatenate([state, state[..., ::-1], -state], -1)
     with dispatch.target("gpu", interpreter=compat.gpu_interpreter()):
-        got = delta_rule(**args, impl="gpu")
-    assert_near(got, delta_rule(**args, impl="reference"), 0.01)
+        got = OPS[op](**args, impl="gpu")
+    assert_near(got, OPS[op](**args, impl="reference"), 0.01)
 
 
 def test_the_decays_gradient_sums_only_what_no_end_separates():
@@ -132,7 +145,8 @@ def test_the_decays_gradient_sums_only_what_no_end_separates():
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-KERNELS = {"linear_attention": (1, 4), "delta_rule": (3, 9)}  # forward, and with the gradients
+# Forward, and with the gradients.
+KERNELS = {"linear_attention": (1, 4), "channels": (3, 8), "delta_rule": (3, 9)}
 
 
 def call_of(op, impl, args):
@@ -183,7 +197,10 @@ REFUSED = {
     "K=32 must be a multiple of 64": {n: jnp.ones((1, 64, 1, 32), jnp.bfloat16) for n in "qkv"},
     "V=96 must be a multiple of 64": {"v": jnp.ones((1, 64, 1, 96), jnp.bfloat16)},
     "q has dtype float32; it must be bfloat16": {"q": jnp.ones((1, 64, 1, 64))},
-    "log_decay must be None or one a head": {"log_decay": -jnp.ones((1, 64, 1, 64))},
+    "K=192 must be one of .* one a channel": {
+        n: jnp.ones((1, 64, 1, 192), jnp.bfloat16) for n in "qk"
+    }
+    | {"log_decay": -jnp.ones((1, 64, 1, 192))},
     "scale=0 has no cotangent": {"scale": 0.0},
 }
 

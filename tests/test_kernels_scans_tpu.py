@@ -1,4 +1,4 @@
-"""The diagonal scan and Taylor attention as TPU kernels: in Pallas's interpreter, and lowered.
+"""Scans, Taylor attention and the mLSTM as TPU kernels: in Pallas's interpreter, and lowered.
 
 The definition runs in float64; the interpreter multiplies float32 in full, so values are held to
 float32 rounding: 1e-5 of the largest value.
@@ -8,9 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels import assert_near, defined, float32, interpreted, lowered
+from kernels import (
+    assert_near,
+    assert_nothing_crosses_a_reset,
+    defined,
+    float32,
+    interpreted,
+    lowered,
+)
 
-from pallas_kernels import diagonal_scan, dispatch, taylor_attention
+from pallas_kernels import diagonal_scan, dispatch, mlstm, selective_scan, taylor_attention
+from pallas_kernels.mlstm import MLSTMMemory
 from pallas_kernels.taylor_attention import feature_count
 
 BATCH, TOKENS, HEADS, KEY, VALUE = 2, 37, 2, 4, 3
@@ -82,18 +90,9 @@ def test_interpreted_extreme_decays_agree_with_the_definition():
 
 @pytest.mark.parametrize("op", OPS)
 def test_interpreted_nothing_crosses_a_reset_not_even_rounding(op):
-    args, reset = draw(op), jnp.zeros((BATCH, TOKENS), bool).at[:, 9].set(True)
-
-    def after(args):
-        o, state = calling(op, "tpu", reset)(args)
-        return jnp.sum(o[:, 9:] ** 2) + jnp.sum(state**2)
-
-    with dispatch.target("tpu", interpreter=True):
-        got = jax.jit(jax.grad(after))(args)
-    assert jnp.abs(got.pop("initial_state")).max() == 0
-    for gradient in got.values():
-        assert jnp.abs(gradient[:, :9]).max() == 0
-        assert jnp.abs(gradient[:, 9:]).max() > 0
+    assert_nothing_crosses_a_reset(
+        lambda args, reset: calling(op, "tpu", reset)(args), draw(op), BATCH, TOKENS
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -141,3 +140,59 @@ def test_what_is_too_large_for_the_kernel_is_refused():
             calling("diagonal_scan", "tpu", chunk=128)(draw("diagonal_scan"))
         with pytest.raises(ValueError, match="its state needs 24 MiB of VMEM a head"):
             calling("taylor_attention", "tpu")(draw("taylor_attention", tokens=2, size=64))
+
+
+def scan_arguments(tokens=TOKENS, channels=6, states=4):
+    normal = np.random.default_rng(0).standard_normal
+    args = {
+        "x": normal((BATCH, tokens, channels)),
+        "dt": np.exp(normal((BATCH, tokens, channels)) - 1),
+        "A": -np.exp(normal((channels, states))),
+        "B": normal((BATCH, tokens, states)),
+        "C": normal((BATCH, tokens, states)),
+        "D": normal((channels,)),
+        "initial_state": normal((BATCH, channels, states)),
+    }
+    return float32(args)
+
+
+def test_interpreted_selective_scan_equals_the_token_loop_and_its_gradients():
+    def call(impl):
+        return lambda args: selective_scan(**args, reset=resets(), impl=impl, chunk=16)
+
+    args = scan_arguments()
+    assert_near(interpreted(call("tpu"), args), defined(call("reference"), args), 1e-5)
+
+
+@pytest.mark.parametrize("impl, kernels", [("auto", 1), ("tpu", 1), ("xla", 0)])
+def test_the_named_selective_scan_is_in_the_program_for_tpu(impl, kernels):
+    args = scan_arguments(tokens=64, channels=256, states=16)
+    text = lowered(lambda args: selective_scan(**args, impl=impl), args)
+    assert text.count("tpu_custom_call") == kernels
+
+
+def mlstm_arguments():
+    normal = np.random.default_rng(0).standard_normal
+    args = {name: normal((BATCH, TOKENS, HEADS, KEY)) for name in "qk"}
+    args["v"] = normal((BATCH, TOKENS, HEADS, VALUE))
+    args["log_input"] = 3 * normal((BATCH, TOKENS, HEADS))
+    args["log_forget"] = -np.exp(normal((BATCH, TOKENS, HEADS)) - 1)
+    args["initial_state"] = MLSTMMemory(
+        normal((BATCH, HEADS, KEY, VALUE)),
+        normal((BATCH, HEADS, KEY)),
+        np.abs(normal((BATCH, HEADS))),
+    )
+    return float32(args)
+
+
+def test_interpreted_mlstm_equals_the_token_loop_and_its_gradients():
+    def call(impl):
+        return lambda args: mlstm(**args, reset=resets(), impl=impl, chunk=16)
+
+    args = mlstm_arguments()
+    assert_near(interpreted(call("tpu"), args), defined(call("reference"), args), 1e-5)
+
+
+def test_the_mlstm_for_tpu_is_a_kernel():
+    text = lowered(lambda args: mlstm(**args), mlstm_arguments())
+    assert text.count('kernel_name = "chunk_scan_forward"') == 1

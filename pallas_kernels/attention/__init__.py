@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, validate
-from pallas_kernels.attention import maintained, tpu
+from pallas_kernels.attention import gpu, maintained, tpu
 from pallas_kernels.attention.chunked import attention_chunked
 from pallas_kernels.attention.reference import attention_reference
 from pallas_kernels.attention.rule import Places, Rule
@@ -15,6 +15,7 @@ IMPLEMENTATIONS = {
     "reference": attention_reference,
     "xla": attention_chunked,
     "tpu": tpu.attention_tpu,
+    "gpu": gpu.attention_gpu,
     "splash": maintained.attention_splash,
     "cudnn": maintained.attention_cudnn,
 }
@@ -96,6 +97,7 @@ def attention(
     given = (positions is not None, segment_ids is not None)
     unfit = {
         "tpu": lambda: tpu.unfit(q, k, v),
+        "gpu": lambda: gpu.unfit(q, k, v),
         "splash": lambda: maintained.splash_unfit(q, k, v, bias, given[0], rule=rule),
         "cudnn": lambda: maintained.cudnn_unfit(q, k, v, bias, sinks, *given, rule=rule),
     }

@@ -14,12 +14,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunk_gates_gpu, dispatch, lanes
+from pallas_kernels import dispatch, lanes
 from pallas_kernels.chunk_gates_gpu import decay_gradient, flat, gates_of, heads_of, row_products
 from pallas_kernels.delta_rule.gpu_solve import solve, solve_gradient
 from pallas_kernels.delta_rule.gpu_tokens import tokens_of
 from pallas_kernels.delta_rule.gpu_walk import walk
-from pallas_kernels.warpgroup_gpu import SIZES
+from pallas_kernels.parts_gpu import in_value_parts
+from pallas_kernels.warpgroup_gpu import SIZES, card_unfit, dtype_unfit
 
 ANCHOR = 8  # chunks; sums of the decay's gradient start anew behind so many
 
@@ -30,7 +31,9 @@ def unfit(q, k, v, log_decay) -> str | None:
         return f"K={q.shape[-1]} must be one of {SIZES}"
     if v.shape[-1] % 64:
         return f"V={v.shape[-1]} must be a multiple of 64"
-    return chunk_gates_gpu.unfit(q, k, v, log_decay)
+    if log_decay is not None and log_decay.ndim == 4:
+        return "log_decay must be None or one a head"
+    return dtype_unfit(q=q, k=k, v=v) or card_unfit()
 
 
 def delta_rule_gpu(q, k, v, beta, log_decay, initial_state, reset, *, scale, chunk):
@@ -40,27 +43,11 @@ def delta_rule_gpu(q, k, v, beta, log_decay, initial_state, reset, *, scale, chu
     64 tokens, whatever `chunk` is.
     """
     del chunk
-    heads, value_size = v.shape[2:]
-    parts = value_size // (64 if value_size % 128 else 128)
-    if parts > 1:  # columns of the state never meet: each part is a head with the same keys
-        by_head = (q, k, beta, log_decay)
-        q, k, beta, log_decay = (
-            None if x is None else jnp.repeat(x, parts, axis=2) for x in by_head
-        )
-        v = v.reshape(*v.shape[:2], heads * parts, -1)
-    if parts > 1 and initial_state is not None:
-        initial_state = _in_parts(initial_state, parts)
-    o, last = _delta_rule(float(scale), q, k, v, beta, log_decay, initial_state, reset)
-    if parts > 1:
-        last = jnp.swapaxes(last.reshape(len(last), heads, parts, *last.shape[2:]), 2, 3)
-    return o.reshape(*o.shape[:2], heads, -1), last.reshape(*last.shape[:3], -1)
 
+    def run(q, k, beta, log_decay, v, state):
+        return _delta_rule(float(scale), q, k, v, beta, log_decay, state, reset)
 
-def _in_parts(state_BHKV, parts: int):
-    """`[B, H, K, V]` to `[B, H parts, K, V / parts]`."""
-    batch, heads, key_size, _ = state_BHKV.shape
-    state = jnp.swapaxes(state_BHKV.reshape(batch, heads, key_size, parts, -1), 2, 3)
-    return state.reshape(batch, heads * parts, key_size, -1)
+    return in_value_parts(run, (q, k, beta, log_decay), v, initial_state)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -70,7 +70,7 @@ def solve(
 ) -> tuple[jax.Array, ...]:
     """U `[B, T, H V]`, W `[B, T, H K]` and, unless it is given, T `[N, M, C, C]`, all bfloat16."""
     group = Warpgroup(interpreter)
-    pl, plgpu = group.pl, group.gpu
+    plgpu = group.gpu
     batch, tokens, _ = k_BTF.shape
     sizes = [x.shape[2] // heads for x in (k_BTF, v_BTF)]
     lanes, chunks = batch * heads, tokens // CHUNK
@@ -84,16 +84,9 @@ def solve(
             u_hbm, w_hbm, solved_hbm, k, v, gates, *tiles, loaded = refs
         else:
             solved_hbm, u_hbm, w_hbm, k, v, gates, *tiles, loaded = refs
-        chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
-        row, head = lax.div(lane, heads), lax.rem(lane, heads)
-        rows = pl.ds(chunk * CHUNK, CHUNK)
-        at = [(row, rows, pl.ds(head * size, size)) for size in sizes]
-        plgpu.copy_gmem_to_smem(k_hbm.at[at[0]], k, loaded)
-        plgpu.copy_gmem_to_smem(v_hbm.at[at[1]], v, loaded)
-        plgpu.copy_gmem_to_smem(gates_hbm.at[lane, chunk], gates, loaded)
-        if solved_NMCC is not None:
-            plgpu.copy_gmem_to_smem(solved_hbm.at[lane, chunk], tiles[0], loaded)
-        plgpu.barrier_wait(loaded)
+        by_chunk = [(gates_hbm, gates)]
+        by_chunk += [] if solved_NMCC is None else [(solved_hbm, tiles[0])]
+        of_chunk, place = group.load_chunk(heads, [(k_hbm, k), (v_hbm, v)], by_chunk, loaded)
         if solved_NMCC is None:
             (overlap,) = group.products((k, (k,)))
             strict = overlap * group.weights(gates, strict=True) * group.rows(gates, BETA, CHUNK)
@@ -113,9 +106,9 @@ def solve(
         times(beta * enter, k)
         plgpu.commit_smem()
         if solved_NMCC is None:
-            plgpu.copy_smem_to_gmem(tiles[0], solved_hbm.at[lane, chunk])
-        plgpu.copy_smem_to_gmem(v, u_hbm.at[at[1]])
-        plgpu.copy_smem_to_gmem(k, w_hbm.at[at[0]])
+            plgpu.copy_smem_to_gmem(tiles[0], solved_hbm.at[of_chunk])
+        plgpu.copy_smem_to_gmem(v, u_hbm.at[place(v)])
+        plgpu.copy_smem_to_gmem(k, w_hbm.at[place(k)])
         plgpu.wait_smem_to_gmem(0)
 
     out_type = [compat.like(x.shape, bfloat16, k_BTF) for x in (v_BTF, k_BTF)]
@@ -155,7 +148,7 @@ def solve_gradient(
     `less` is -dU; `d_k` is another part of dK, to which this one is added.
     """
     group = Warpgroup(interpreter)
-    pl, plgpu = group.pl, group.gpu
+    plgpu = group.gpu
     batch, tokens, _ = k_BTF.shape
     inputs = [k_BTF, v_BTF, u_BTF, w_BTF, less_BTF, d_w_BTF]
     sizes = [x.shape[2] // heads for x in inputs]
@@ -167,15 +160,12 @@ def solve_gradient(
         d_k_hbm, d_v_hbm, numbers_hbm = refs[9:12]
         k, v, u, w, less, d_w = tiles = refs[12:18]
         solved, gates, numbers, loaded, given = refs[18:]
-        chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
-        row, head = lax.div(lane, heads), lax.rem(lane, heads)
-        rows = pl.ds(chunk * CHUNK, CHUNK)
-        at = [(row, rows, pl.ds(head * size, size)) for size in sizes]
-        for source, tile, where in zip(sources, tiles, at, strict=True):
-            plgpu.copy_gmem_to_smem(source.at[where], tile, loaded)
-        plgpu.copy_gmem_to_smem(solved_hbm.at[lane, chunk], solved, loaded)
-        plgpu.copy_gmem_to_smem(gates_hbm.at[lane, chunk], gates, loaded)
-        plgpu.barrier_wait(loaded)
+        of_chunk, place = group.load_chunk(
+            heads,
+            zip(sources, tiles, strict=True),
+            [(solved_hbm, solved), (gates_hbm, gates)],
+            loaded,
+        )
 
         def along(x, tile):
             """Sums over rows of the products of x with a tile."""
@@ -191,7 +181,7 @@ def solve_gradient(
         plgpu.commit_smem()
         d_w[...] = z.astype(bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(v, d_v_hbm.at[at[1]])
+        plgpu.copy_smem_to_gmem(v, d_v_hbm.at[place(v)])
         beta, enter = (group.read(gates, x, layout=group.by_row) for x in (BETA, ENTER))
         entered = along(z, k) * enter
         less_yu, zw, overlap = group.products((less, (u,)), (d_w, (w,)), (k, (k,)))
@@ -200,7 +190,7 @@ def solve_gradient(
         weighted = (pairs * group.rows(gates, BETA, CHUNK)).astype(bfloat16)
         solved[...] = weighted
         plgpu.commit_smem()
-        plgpu.copy_gmem_to_smem(given_hbm.at[at[0]], w, given)
+        plgpu.copy_gmem_to_smem(given_hbm.at[place(k)], w, given)
         entering = lax.broadcast_in_dim(beta * enter, (CHUNK, sizes[0]), (0,))
         z = group.read(d_w).astype(float32) * entering
         (d_k,) = group.products([(weighted, k), ((solved,), k)], add=(z,))
@@ -211,8 +201,8 @@ def solve_gradient(
         plgpu.commit_smem()
         k[...] = (d_k + group.read(w).astype(float32)).astype(bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k, d_k_hbm.at[at[0]])
-        plgpu.copy_smem_to_gmem(numbers, numbers_hbm.at[lane, chunk])
+        plgpu.copy_smem_to_gmem(k, d_k_hbm.at[place(k)])
+        plgpu.copy_smem_to_gmem(numbers, numbers_hbm.at[of_chunk])
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(

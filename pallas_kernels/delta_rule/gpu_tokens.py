@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import compat
 from pallas_kernels.warpgroup_gpu import CHUNK, ENTER, LEAVE, Warpgroup
@@ -34,7 +33,7 @@ def tokens_of(
 ) -> tuple[jax.Array, ...]:
     """o, of the shape of c; with `extra` one more, and numbers `[N, M, C]`, float32."""
     group = Warpgroup(interpreter)
-    pl, plgpu = group.pl, group.gpu
+    plgpu = group.gpu
     inputs = [a_BTF, b_BTF, c_BTF] + ([] if extra_BTF is None else [extra_BTF])
     sizes = [x.shape[2] // heads for x in inputs]
     count, outs = len(inputs), 1 if extra_BTF is None else 3
@@ -47,15 +46,12 @@ def tokens_of(
         outs_hbm = refs[count + 2 : count + 2 + outs]
         *tiles, states, gates, loaded = refs[count + 2 + outs :]
         tiles, numbers = tiles[:count], tiles[count:]
-        chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
-        row, head = lax.div(lane, heads), lax.rem(lane, heads)
-        rows = pl.ds(chunk * CHUNK, CHUNK)
-        at = [(row, rows, pl.ds(head * size, size)) for size in sizes]
-        for source, tile, where in zip(sources, tiles, at, strict=True):
-            plgpu.copy_gmem_to_smem(source.at[where], tile, loaded)
-        plgpu.copy_gmem_to_smem(states_hbm.at[lane, chunk], states, loaded)
-        plgpu.copy_gmem_to_smem(gates_hbm.at[lane, chunk], gates, loaded)
-        plgpu.barrier_wait(loaded)
+        of_chunk, place = group.load_chunk(
+            heads,
+            zip(sources, tiles, strict=True),
+            [(states_hbm, states), (gates_hbm, gates)],
+            loaded,
+        )
         a, b, c, *more = tiles
         entering = (states,) if across else states
         scores, o = group.products((a, (b,)), (a, entering))
@@ -65,17 +61,17 @@ def tokens_of(
         plgpu.commit_smem()
         c[...] = o.astype(bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(c, outs_hbm[0].at[at[2]])
+        plgpu.copy_smem_to_gmem(c, outs_hbm[0].at[place(c)])
         if more:
             b, extra = (group.read(x).astype(jnp.float32) for x in (b, more[0]))
             numbers[0][...] = jnp.sum(b * extra, axis=1)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(numbers[0], outs_hbm[2].at[lane, chunk])
+            plgpu.copy_smem_to_gmem(numbers[0], outs_hbm[2].at[of_chunk])
             (second,) = group.products((more[0], entering))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             c[...] = second.astype(bfloat16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(c, outs_hbm[1].at[at[2]])
+            plgpu.copy_smem_to_gmem(c, outs_hbm[1].at[place(c)])
         plgpu.wait_smem_to_gmem(0)
 
     out_type = [compat.like(c_BTF.shape, bfloat16, c_BTF)] * 2

@@ -16,18 +16,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
-from pallas_kernels.warpgroup_gpu import CHUNK, ENTER, LEAVE, Warpgroup
-
-BLOCKS = 128  # of threads, near one for each of 132 processors
-
-
-def stages_of(columns: int) -> int:
-    """Chunks that are loaded ahead: more where a block has a processor for itself."""
-    return 2 if columns == 64 else 4
-
-
-def columns_of(lanes: int, value_size: int) -> int:
-    return next((n for n in (64, 32) if lanes * (value_size // n) >= BLOCKS), 16)
+from pallas_kernels.warpgroup_gpu import (
+    CHUNK,
+    ENTER,
+    LEAVE,
+    Warpgroup,
+    columns_of,
+    stages_of,
+)
 
 
 def walk(

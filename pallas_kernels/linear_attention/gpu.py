@@ -9,6 +9,7 @@ Forward is one walk. So is each gradient: with cotangents dO and dS' the same su
 where R = dS' / scale, and the last two walk backward. With q_i . dq_i = o_i . do_i and k_j . dk_j =
 v_j . dv_j, `chunk_gates_gpu` sums the gradient of the decay. Where lanes are few, each is cut in
 segments that are walked at once, from states that a first walk over keys and values has summed.
+Where the decay is one a channel, it is `gpu_channels` that runs.
 """
 
 from functools import partial
@@ -16,10 +17,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunk_gates_gpu, dispatch, lanes
+from pallas_kernels import dispatch, lanes
 from pallas_kernels.chunk_gates_gpu import decay_gradient, flat, gates_of, row_products
+from pallas_kernels.linear_attention.gpu_channels import attention_by_channel
+from pallas_kernels.parts_gpu import in_value_parts
 from pallas_kernels.walk_gpu import COLUMNS, Heads, walk
-from pallas_kernels.warpgroup_gpu import CHUNK, ENTER
+from pallas_kernels.warpgroup_gpu import CHUNK, ENTER, SIZES, card_unfit, dtype_unfit
 
 BLOCKS = 528  # of threads: four for each of 132 processors, which hold two at a time
 LEAST_CHUNKS = 4  # a segment
@@ -31,7 +34,13 @@ def linear_attention_gpu(q, k, v, log_decay, initial_state, reset, *, scale, chu
     Chunks are of 64 tokens, whatever `chunk` is.
     """
     del chunk
-    return _attention(float(scale), q, k, v, log_decay, initial_state, reset)
+    if log_decay is None or log_decay.ndim == 3:
+        return _attention(float(scale), q, k, v, log_decay, initial_state, reset)
+
+    def run(q, k, log_decay, v, state):
+        return attention_by_channel(float(scale), q, k, v, log_decay, state, reset)
+
+    return in_value_parts(run, (q, k, log_decay), v, initial_state)
 
 
 def unfit(q, k, v, log_decay, *, scale: float | None) -> str | None:
@@ -39,8 +48,11 @@ def unfit(q, k, v, log_decay, *, scale: float | None) -> str | None:
     for name, x in (("K", q), ("V", v)):
         if x.shape[-1] % 64:
             return f"{name}={x.shape[-1]} must be a multiple of 64"
-    reason = chunk_gates_gpu.unfit(q, k, v, log_decay)
-    return "scale=0 has no cotangent of the state" if scale == 0 and reason is None else reason
+    if log_decay is not None and log_decay.ndim == 4 and q.shape[-1] not in SIZES:
+        return f"K={q.shape[-1]} must be one of {SIZES} where log_decay is one a channel"
+    if scale == 0:
+        return "scale=0 has no cotangent of the state"
+    return dtype_unfit(q=q, k=k, v=v) or card_unfit()
 
 
 def heads_in_parts(q, v) -> Heads:
