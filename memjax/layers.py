@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax import sharding
 from memjax.config import check, check_at_least
+from memjax.gathering import sum_to_parts
 from pallas_kernels import context_parallel
 
 PRODUCT = "product"
@@ -41,42 +42,48 @@ class Linear(nnx.Module):
         bias: bool = False,
         std: float = 0.02,
     ):
-        self.weight = nnx.Param(normal(rngs, (size_out, size_in), std), axes=axes)
+        self.weight = nnx.Param(normal(rngs, (size_out, size_in), std), axes=axes, summed=True)
         self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32), axes=axes[:1]) if bias else None
 
     def __call__(self, x: Float[Array, "*lead size_in"]) -> Float[Array, "*lead size_out"]:
-        y = dot_transposed(x, self.weight[...])
+        y = dot_transposed(x, self.weight[...], axes=self.weight.get_metadata()["axes"])
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 def dot_transposed(
-    x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike | None = None
+    x: jax.Array,
+    weight: jax.Array,
+    dtype: jax.typing.DTypeLike | None = None,
+    axes: tuple[str, str] | None = None,
 ) -> jax.Array:
     """x @ weight.T in the type of x, accumulated in float32, returned as `dtype` (that of x).
 
+    axes: those of a parameter that is gathered as `summed` (`memjax.gathering`).
     Named PRODUCT for the policies of `jax.checkpoint`, which do not see into its own gradient.
     """
-    y = _dot_transposed(x, weight, jnp.dtype(x.dtype if dtype is None else dtype))
+    y = _dot_transposed(x, weight, jnp.dtype(x.dtype if dtype is None else dtype), axes)
     return checkpoint_name(y, PRODUCT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot_transposed(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot_transposed(x: jax.Array, weight: jax.Array, dtype: jnp.dtype, axes: Any) -> jax.Array:
     return _contract(x, weight.astype(x.dtype), x.ndim - 1, 1).astype(dtype)
 
 
-def _forward(x: jax.Array, weight: jax.Array, dtype: jnp.dtype):
-    return _dot_transposed(x, weight, dtype), (x, weight)
+def _forward(x: jax.Array, weight: jax.Array, dtype: jnp.dtype, axes: Any):
+    return _dot_transposed(x, weight, dtype, axes), (x, weight)
 
 
-def _backward(dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
+def _backward(dtype: jnp.dtype, axes: Any, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
     x, weight = residuals
     dy = dy.astype(x.dtype)
     dx = _contract(dy, weight.astype(x.dtype), dy.ndim - 1, 0).astype(x.dtype)
     if sharding.active() is None:
-        dw = jax.lax.platform_dependent(x, dy, cpu=_weight_gradient_cpu, default=_weight_gradient)
-    else:  # lanes and tokens that are split over devices cannot be made one axis
+        dw = _local_weight_gradient(x, dy)
+    elif axes is None:  # lanes and tokens that are split over devices cannot be made one axis
         dw = _weight_gradient(x, dy)
+    else:
+        dw = sum_to_parts(_local_weight_gradient, x, dy, axes)
     return dx, dw.astype(weight.dtype)
 
 
@@ -90,6 +97,11 @@ def _contract(x: jax.Array, y: jax.Array, axis_x: int, axis_y: int) -> jax.Array
 
 def _weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.einsum("...o,...i->oi", dy, x, preferred_element_type=jnp.float32)
+
+
+def _local_weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """On one device."""
+    return jax.lax.platform_dependent(x, dy, cpu=_weight_gradient_cpu, default=_weight_gradient)
 
 
 def _weight_gradient_cpu(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -165,7 +177,8 @@ def halves(linear: Linear, x: jax.Array) -> list[jax.Array]:
     for part in parts:
         pair = sharding.constrain(part).reshape(2, -1, *part.shape[1:])
         pairs.append(sharding.constrain(pair, None, "hidden"))
-    products = [dot_transposed(x, weight) for weight in pairs[0]]
+    axes = linear.weight.get_metadata()["axes"]
+    products = [dot_transposed(x, weight, axes=axes) for weight in pairs[0]]
     if linear.bias is not None:
         products = [y + bias.astype(y.dtype) for y, bias in zip(products, pairs[1])]
     return [sharding.constrain(y, "lanes", "tokens", "hidden") for y in products]

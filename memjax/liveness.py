@@ -9,6 +9,7 @@ that are held at each operation:
   large as they make.
 - What a fused operation reads is held until the operation that it is fused into.
 - A loop holds its carry and what it stacks, and, once, what its body needs.
+- Of a condition whose value is known, as compilers know it (`memjax.uniform`), one branch runs.
 - Where an input dies at an elementwise operation of the same size, the result takes its place.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 from jax.extend.core import Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from memjax.uniform import Parts, follow, literal
 from pallas_kernels.dispatch import current_target
 
 INLINED = {
@@ -77,50 +79,62 @@ class _Program:
         self.steps: list[Step] = []
         self.bytes: list[int] = []
         self.constants: dict[str, list[int]] = {}
+        self.known: dict[int, Any] = {}  # of values, as in `memjax.uniform`
 
-    def value(self, aval: Any) -> int:
+    def value(self, aval: Any, known: Any = None) -> int:
         self.bytes.append(size_of(aval))
+        if known is not None:
+            self.known[len(self.bytes) - 1] = known
         return len(self.bytes) - 1
 
     def read(self, jaxpr: Any, given: Sequence[int], consts: Sequence[int]) -> list[int]:
-        known = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, given))
+        values = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, given))
 
         def at(var: Any) -> int:
-            if isinstance(var, Literal):
-                return -1
-            return known[var]
+            return -1 if isinstance(var, Literal) else values[var]
 
-        chosen: dict[Any, int] = {}
         for eqn in jaxpr.eqns:
             reads = [at(var) for var in eqn.invars]
-            if eqn.primitive.name == "platform_index":
-                chosen[eqn.outvars[0]] = _branch(eqn)
-            inner = _inner(eqn)
-            if eqn.primitive.name == "cond" and eqn.invars[0] in chosen:
-                inner = eqn.params["branches"][chosen[eqn.invars[0]]]
-                inner, reads = (inner.jaxpr, inner.consts), reads[1:]
-            elif eqn.primitive.name not in INLINED:
-                inner = None
+            known = [
+                literal(var) if read < 0 else self.known.get(read)
+                for var, read in zip(eqn.invars, reads)
+            ]
+            inner = _inner(eqn) if eqn.primitive.name in INLINED else None
+            if eqn.primitive.name == "cond" and known[0] is not None:
+                closed = eqn.params["branches"][int(known[0])]
+                inner = closed.jaxpr, closed.consts
             if inner is not None:
-                body, closed = inner
-                takes = len(body.invars)
-                made = self.read(body, reads[len(reads) - takes :], [-1] * len(closed))
-                known.update(zip(eqn.outvars, made))
-                continue
-            if eqn.primitive.name in MADE_ONCE:
-                taken = [str(v) if r < 0 else r for v, r in zip(eqn.invars, reads)]
-                same = str((eqn.primitive, taken, [v.aval for v in eqn.outvars], eqn.params))
-                if same in self.constants:
-                    known.update(zip(eqn.outvars, self.constants[same]))
-                    continue
-                self.constants[same] = [len(self.bytes) + i for i in range(len(eqn.outvars))]
-            makes = [self.value(var.aval) for var in eqn.outvars]
-            known.update(zip(eqn.outvars, makes))
-            kind, extra = _kind(eqn)
-            carried = _carried(eqn, kind)
-            real = tuple(r for r in reads if r >= 0)
-            self.steps.append(Step(eqn.primitive.name, kind, real, tuple(makes), extra, carried))
+                made = self._read_inner(inner, reads, known)
+            else:
+                made = self._add(eqn, reads, known)
+            values.update(zip(eqn.outvars, made))
         return [at(var) for var in jaxpr.outvars]
+
+    def _read_inner(self, inner: tuple[Any, Sequence[Any]], reads: list[int], known: list[Any]):
+        """What an operation makes that is a program, or of which one branch is taken."""
+        body, closed = inner
+        first = len(reads) - len(body.invars)
+        given = [
+            self.value(var.aval, number) if read < 0 and number is not None else read
+            for var, read, number in zip(body.invars, reads[first:], known[first:])
+        ]
+        return self.read(body, given, [-1] * len(closed))
+
+    def _add(self, eqn: Any, reads: list[int], known: list[Any]) -> list[int]:
+        """What an operation makes, which is one of the steps."""
+        if eqn.primitive.name in MADE_ONCE:
+            taken = [str(v) if r < 0 else r for v, r in zip(eqn.invars, reads)]
+            same = str((eqn.primitive, taken, [v.aval for v in eqn.outvars], eqn.params))
+            if same in self.constants:
+                return self.constants[same]
+            self.constants[same] = [len(self.bytes) + i for i in range(len(eqn.outvars))]
+        found = [_branch(eqn)] if eqn.primitive.name == "platform_index" else follow(eqn, known)
+        makes = [self.value(var.aval, number) for var, number in zip(eqn.outvars, found)]
+        kind, extra = _kind(eqn, known)
+        real = tuple(r for r in reads if r >= 0)
+        carried = _carried(eqn, kind)
+        self.steps.append(Step(eqn.primitive.name, kind, real, tuple(makes), extra, carried))
+        return makes
 
 
 def _branch(eqn: Any) -> int:
@@ -139,15 +153,16 @@ def _inner(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
     return None
 
 
-def _kind(eqn: Any) -> tuple[str, int]:
+def _kind(eqn: Any, known: list[Any]) -> tuple[str, int]:
     name = eqn.primitive.name
     if name == "scan":
         closed, fixed = eqn.params["jaxpr"], eqn.params["num_consts"]
-        return "alone", _body(closed.jaxpr, fixed, eqn.params["num_carry"])
+        return "alone", _body(closed.jaxpr, fixed, eqn.params["num_carry"], known)
     if name == "while":
-        closed = eqn.params["body_jaxpr"]
+        closed, first = eqn.params["body_jaxpr"], eqn.params["cond_nconsts"]
         fixed = eqn.params["body_nconsts"]
-        return "alone", _body(closed.jaxpr, fixed, len(closed.jaxpr.invars) - fixed)
+        carried = len(closed.jaxpr.invars) - fixed
+        return "alone", _body(closed.jaxpr, fixed, carried, known[first:])
     if name == "cond":
         taken = len(eqn.invars) - 1
         return "alone", max(peak(one.jaxpr, over=(0, taken)) for one in eqn.params["branches"])
@@ -183,11 +198,13 @@ def _rearranged(eqn: Any) -> int:
     return total
 
 
-def _body(jaxpr: Any, fixed: int, carried: int) -> int:
+def _body(jaxpr: Any, fixed: int, carried: int, known: list[Any]) -> int:
     """Bytes that one turn of a loop needs, besides its carry and what it reads and stacks."""
     stacked = len(jaxpr.outvars) - carried
     sliced = fixed + carried
-    return peak(jaxpr, stacked=stacked, over=(fixed, sliced), sliced=sliced)
+    alike = [None if isinstance(value, Parts) else value for value in known]
+    alike[fixed:sliced] = [None] * carried
+    return peak(jaxpr, stacked=stacked, over=(fixed, sliced), sliced=sliced, known=alike)
 
 
 def peak(
@@ -196,16 +213,19 @@ def peak(
     over: tuple[int, int] = (0, 0),
     stacked: int = 0,
     sliced: int | None = None,
+    known: Sequence[Any] | None = None,
 ) -> int:
     """Bytes of the arrays that the program holds at its worst moment, without its inputs.
 
     over: inputs from the first of these to the second may be written over.
     stacked: the last outputs, so many, are written into arrays that the caller holds.
     sliced: inputs from this one on are slices of arrays of the caller.
+    known: the one value of all elements of an input, or None.
     """
     jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     program = _Program()
-    given = [program.value(var.aval) for var in jaxpr.invars]
+    numbers = [None] * len(jaxpr.invars) if known is None else known
+    given = [program.value(var.aval, number) for var, number in zip(jaxpr.invars, numbers)]
     consts = [program.value(var.aval) for var in jaxpr.constvars]
     slices = [] if sliced is None else given[sliced:]
     program.steps += [Step("slice", "fused", (), (value,)) for value in slices]

@@ -16,11 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax.architecture import Model
 from memjax.cross_entropy import Score, count_pieces, cross_entropy
+from memjax.gathering import gather, look_up
 from memjax.layers import RMSNorm, dot_transposed, normal
 from memjax.memory import make_segment_module
 from memjax.memory.base import SegmentMemory
 from memjax.segments import SegmentState, init_segments, read_segments
-from memjax.sharding import constrain, gather
+from memjax.sharding import constrain
 from memjax.stack import Stack, StackState, dropout
 
 __all__ = ["LANE_AXIS", "LanguageModel", "Model", "Reading", "logical_axes", "merge", "split"]
@@ -131,7 +132,8 @@ class LanguageModel(nnx.Module):
         return gather(self.embedding if self.output is None else self.output)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        return constrain(gather(self.embedding)[tokens_BT].astype(self.dtype), "lanes", "tokens")
+        x_BTD = look_up(self.embedding, tokens_BT).astype(self.dtype)
+        return constrain(x_BTD, "lanes", "tokens")
 
 
 def _logits(cap: float | None, hidden_BTD: jax.Array, table_YD: jax.Array) -> jax.Array:

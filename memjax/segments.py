@@ -17,6 +17,7 @@ from flax import nnx
 from memjax import telemetry
 from memjax.layers import RMSNorm
 from memjax.memory.base import SegmentModule
+from memjax.sharding import active
 from memjax.stack import Stack, StackState, layer_memories, with_layer_memories
 from pallas_kernels.blocks import BlockState, Body, join, leave, scan_blocks
 
@@ -116,8 +117,10 @@ def read_segments(
     memory, held_BJ, count_B = jax.tree.map(lambda x: x[0], tuple(state))
     definition, params = nnx.split(parts)
     held = BlockState(memory, held_BJ, count_B)
+    # On a mesh one by one: JAX fails to vmap the transpose of the layers' `jax.shard_map`.
+    together = {} if active() is None else {"most": 1}
     (h_BTD, auxiliary_BT), after = scan_blocks(
-        Body(_Reader(definition).step),
+        Body(_Reader(definition).step, **together),
         params,
         _initial(parts[0], parts[2]),
         held._replace(tokens=embed(held_BJ)),

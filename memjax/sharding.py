@@ -10,20 +10,18 @@ the letters that names of arrays end in (`memjax.shapes`). `RULES` says over whi
 logical axis is split; what a mesh axis does not divide is not split, which costs time or memory
 and never changes a number.
 
-Programs are traced under `over(mesh)`. `constrain` and `gather` tell the compiler where arrays
-live; `split` runs an operation on each device's part of its arguments. Without a mesh, or on one
-device, all three do nothing.
+Programs are traced under `over(mesh)`. `constrain` tells the compiler where arrays live, and
+`memjax.gathering` where parameters do; `split` runs an operation on each device's part of its
+arguments. Without a mesh, or on one device, they do nothing.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import Mesh as JaxMesh
 from jax.sharding import PartitionSpec as P
@@ -157,7 +155,7 @@ def _rule(name: str) -> tuple[str, ...]:
     return RULES[name]
 
 
-def _spec(mesh: JaxMesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> P:
+def spec_of(mesh: JaxMesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> P:
     """The split of an array; of two axes that one mesh axis would split, the first gets it."""
     parts: list[tuple[str, ...] | None] = []
     used: set[str] = set()
@@ -208,7 +206,7 @@ def parameters(mesh: JaxMesh, axes: dict, shapes: Any) -> Any:
     """The sharding of each parameter, from its logical axes; same structure as `shapes`."""
 
     def one(names: tuple[str, ...], leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, _spec(mesh, names, leaf.shape))
+        return NamedSharding(mesh, spec_of(mesh, names, leaf.shape))
 
     return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
@@ -223,7 +221,7 @@ def states(mesh: JaxMesh, shapes: Any) -> Any:
         letters = _letters(path)
         names = (None, *(LETTERS.get(letter) for letter in letters))
         names = (None, "lanes") if len(names) > leaf.ndim else names
-        return NamedSharding(mesh, _spec(mesh, names, leaf.shape))
+        return NamedSharding(mesh, spec_of(mesh, names, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(one, shapes)
 
@@ -270,71 +268,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     mesh = active()
     if mesh is None:
         return x
-    spec = _spec(mesh, names, x.shape)
+    spec = spec_of(mesh, names, x.shape)
     free = (
         P.UNCONSTRAINED if name is not None and part is None and axis_size(mesh, name) > 1 else part
         for name, part in zip(names, spec)
     )
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*free)))
-
-
-def gather(param: nnx.Variable) -> jax.Array:
-    """A parameter as products use it: whole over fsdp. Its gradient is split as it is stored."""
-    value, mesh = param[...], active()
-    if mesh is None:
-        return value
-    axes = param.get_metadata()["axes"]
-    used = tuple(None if name == "embed" else name for name in axes)
-    places = (NamedSharding(mesh, _spec(mesh, names, value.shape)) for names in (axes, used))
-    return _gather(value, *places)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, used)
-
-
-def _gather_forward(x, stored, used):
-    return _gather(x, stored, used), None
-
-
-def _gather_backward(stored, used, _, dx):
-    # Summed, then split: to split it at once the compiler might gather what it is the sum of.
-    dx = jax.lax.with_sharding_constraint(dx, used)
-    return (jax.lax.with_sharding_constraint(dx, stored),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-_CHEAP = {"sharding_constraint", "reshape", "squeeze", "slice", "transpose", "convert_element_type"}
-
-
-def gather_again() -> Callable | None:
-    """What to keep of a layer for its backward pass, where fsdp splits parameters; else None.
-
-    Everything but what is cheap to make again: a parameter that was gathered is gathered again,
-    instead of being kept, whole, for every layer.
-    """
-
-    def policy(primitive: Any, *_: Any, **settings: Any) -> bool:
-        gathers = getattr(settings.get("bwd"), "__name__", "") == _gather_backward.__name__
-        return primitive.name not in _CHEAP and not gathers
-
-    return policy if splits("embed") else None
-
-
-def gathered(module: Any) -> Any:
-    """A module with all its parameters gathered; called where a layer begins."""
-    if active() is None:
-        return module
-    definition, params = nnx.split(module)
-    params = jax.tree.map(
-        lambda param: param.replace(gather(param)),
-        params,
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
-    )
-    return nnx.merge(definition, params)
 
 
 def split(

@@ -16,13 +16,14 @@ from jaxtyping import Array, Bool, Float
 
 from memjax import telemetry
 from memjax.architecture import Model
+from memjax.gathering import gather_again, gathered
 from memjax.layers import MLP, PRODUCT, RMSNorm
 from memjax.memory import layer_class, make_layer_part
 from memjax.memory.base import LayerMemory, SegmentMemory
 from memjax.mixers import MIXERS
 from memjax.mixers.base import MixerConfig, SequenceMixer, State
 from memjax.ops import read_in_turns
-from memjax.sharding import constrain, gather_again, gathered
+from memjax.sharding import constrain
 
 
 def make_mixer(config: MixerConfig, d_model: int, *, rngs: nnx.Rngs) -> SequenceMixer:

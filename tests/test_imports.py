@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"shapes", "config", "errors", "platform", "tables", "telemetry", "liveness"},
-    {"sharding", "ops", "distributed"},
+    {"shapes", "config", "errors", "platform", "tables", "telemetry", "liveness", "uniform"},
+    {"sharding", "gathering", "ops", "distributed"},
     {"layers", "positions"},
     {"mixers", "memory", "data"},
     {"architecture"},

@@ -91,3 +91,19 @@ def test_what_a_condition_chooses_needs_its_larger_branch():
 
     found = peak(jax.make_jaxpr(either)(X).jaxpr) / SIZE
     assert 5 <= found < 5.2
+
+
+def never(x):
+    """A mask that follows from numbers alone is known, through loops, sides and slices."""
+
+    def turn(c, zero):
+        valid = jnp.zeros(N, bool) ^ (zero != 0)
+        seen = jnp.concatenate([jnp.where(valid, 0, -1), c[0].astype(int)])
+        return jax.lax.cond(jnp.any(seen[: N // 2] >= 0), kept, products, c), None
+
+    return jax.lax.scan(turn, x, jnp.zeros(3))[0]
+
+
+def test_a_branch_that_is_known_not_to_be_taken_needs_nothing():
+    found, largest = (peak(jax.make_jaxpr(f)(X).jaxpr) / SIZE for f in (never, kept))
+    assert largest >= 5 and 3 <= found < 3.3

@@ -29,7 +29,7 @@ V5E, GPUS = Mesh(data=16, fsdp=16), Mesh(data=1, fsdp=8)
 CASES: dict[str, dict[str, tuple[Mesh, dict[str, Any]]]] = {
     "tpu": {
         "attention_1_3b": (V5E, {}),
-        "gated_deltanet_1_3b": (Mesh(data=4, fsdp=32, context=2), {}),
+        "gated_deltanet_1_3b": (Mesh(data=8, fsdp=16, context=2), {}),
     },
     "gpu": {
         "attention_1_3b": (GPUS, {"accumulate": 16}),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import compat
 from pallas_kernels.attention import rows
 from pallas_kernels.attention.rule import Places, Rule
 from pallas_kernels.attention.sinks import add_sinks, sink_gradients
@@ -78,6 +79,7 @@ def _forward(rule, q_BGRTK, parts, slopes_GR, sinks_GR, queries, keys):
     out = rows.forward(*segment)
     for prefix in cache:
         nothing = (jnp.zeros_like(out[0]), jnp.full_like(out[1], LOWEST))
+        nothing = compat.vary_like(nothing, out[0])
         earlier = _if_any_seen(prefix[1].keys, functools.partial(rows.forward, *prefix), nothing)
         out = merge(earlier, out)
     o_BGRTV, lse_BGRT1 = add_sinks(*out, sinks_GR)
@@ -96,6 +98,7 @@ def _backward(rule, residuals, d_o_BGRTV):
     for prefix in cache:
         compute = functools.partial(rows.backward, *prefix, *cotangent)
         nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(compute))
+        nothing = compat.vary_like(nothing, q_BGRTK)
         gradients.insert(0, _if_any_seen(prefix[1].keys, compute, nothing))
     kind = q_BGRTK.dtype
     d_q = sum(part.q_BGRCK for part in gradients).astype(kind)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import compat
 from pallas_kernels.attention.rule import Places, Rule
 from pallas_kernels.attention.tile import (
     LOWEST,
@@ -108,7 +109,7 @@ def _zero_gradients(whole: Tile) -> TransposedGradients:
     slopes_GR = None if whole.slopes_GR is None else jnp.zeros(whole.slopes_GR.shape, dtype)
     by_column = (jnp.swapaxes(x, -1, -2) for x in (whole.k_BGJK, whole.v_BGJV))
     q, k, v = (jnp.zeros(x.shape, dtype) for x in (whole.q_BGRCK, *by_column))
-    return TransposedGradients(q, k, v, slopes_GR)
+    return compat.vary_like(TransposedGradients(q, k, v, slopes_GR), whole.q_BGRCK)
 
 
 def _add_slopes(total_GR: jax.Array | None, part_GR: jax.Array | None) -> jax.Array | None:
@@ -122,6 +123,7 @@ def _loop_forward(rule: Rule, whole: Tile) -> tuple[jax.Array, jax.Array]:
     o_shape = (*whole.q_BGRCK.shape[:3], row, whole.v_BGJV.shape[-1])
     dtype = accumulation_dtype(whole.q_BGRCK)
     nothing = (jnp.zeros(o_shape, dtype), jnp.full((*o_shape[:4], 1), LOWEST, dtype))
+    nothing = compat.vary_like(nothing, whole.q_BGRCK)
 
     def one_row(_, index):
         def one_block(position, out):

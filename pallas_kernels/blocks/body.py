@@ -49,16 +49,18 @@ class Body(NamedTuple):
         once; xs `[N, B, C, ...]`, 0 where `valid_NBC` is false (behind the end of a short block).
     finish(consts, carry, prepared, kept) -> y: outputs `[N, B, C, ...]` of N blocks at once, from
         the carry that entered each, `[N, B, ...]`.
+    most: blocks computed together, at most.
     Token c of y must not depend on later tokens of its block. y where not valid is dropped.
     """
 
     step: Callable[[Any, Any, Any], tuple[Any, Any]]
     prepare: Callable[[Any, Any, jax.Array], Any] = _identity
     finish: Callable[[Any, Any, Any, Any], Any] = _as_kept
+    most: int = MOST_BLOCKS
 
     def size(self, block: int) -> int:
         """Many of a few tokens, one where that has work enough for a processor."""
-        return min(MOST_BLOCKS, max(1, ROUND_TOKENS // block))
+        return min(self.most, max(1, ROUND_TOKENS // block))
 
     def run(
         self, layout: Layout, consts: Any, initial: Any, carry: Any, blocks: Any

@@ -1,5 +1,8 @@
 """Linear recurrences over a sharded sequence, by affine summaries of shards."""
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.chunks import LOG_DECAY_FLOOR
 from pallas_kernels.context_parallel.tokens import of_last, same_everywhere
+from pallas_kernels.context_parallel.twice import Plan, read_twice
 from pallas_kernels.delta_rule import delta_rule as whole_delta_rule
 from pallas_kernels.linear_attention import linear_attention as whole_linear_attention
 from pallas_kernels.products import accumulation_dtype
@@ -126,27 +130,45 @@ def selective_scan(
 
         h_t = exp(A sum dt) h_in + h_t from zero
 
-    The shard is scanned twice: for its summary, and from the state that enters it. Every device
-    gathers n summaries of 2 E N numbers.
+    The shard is scanned twice, forwards and backwards: for its summary, and from the state that
+    enters it (`twice`). Every device gathers n summaries of 2 E N numbers.
     """
     dtype = accumulation_dtype(x, dt)
     nothing_BEN = _zeros((x.shape[0], *A.shape), dtype, x)
     A, D = same_everywhere((A, D), x)
-    whole = whole_selective_scan
-    _, written_BEN = whole(x, dt, A, B, C, D, nothing_BEN, reset, chunk=chunk, impl=impl)
-    exponent_BEN = jnp.sum(dt.astype(dtype), axis=1)[..., None] * A.astype(dtype)
-    if reset is not None:
-        exponent_BEN = jnp.where(jnp.any(reset, axis=1)[:, None, None], -jnp.inf, exponent_BEN)
-
-    def apply(summary, state_BEN):
-        through_BEN, written_BEN = summary
-        return through_BEN * state_BEN + written_BEN
-
+    read = partial(_read_scan, chunk, impl)
+    streams = _Scan(x, dt, A, B, C, D, reset)
     state_BEN = _initial(initial_state, nothing_BEN)
-    summary = (jnp.exp(exponent_BEN), written_BEN)
-    entering_BEN, last_BEN = fold(apply, summary, state_BEN, axis_name)
-    y_BTE, _ = whole(x, dt, A, B, C, D, entering_BEN, reset, chunk=chunk, impl=impl)
-    return y_BTE, last_BEN
+    y_BTE, after_BEN = read_twice(Plan(read, _through_scan, axis_name), streams, state_BEN)
+    return y_BTE, of_last(after_BEN, axis_name)
+
+
+class _Scan(NamedTuple):
+    """The arguments of a selective scan but its state."""
+
+    x_BTE: jax.Array
+    dt_BTE: jax.Array
+    A_EN: jax.Array
+    B_BTN: jax.Array
+    C_BTN: jax.Array
+    D_E: jax.Array | None
+    reset_BT: jax.Array | None
+
+
+def _read_scan(chunk: int, impl: str, streams: _Scan, state_BEN: jax.Array):
+    *given, reset = streams
+    return whole_selective_scan(*given, state_BEN, reset, chunk=chunk, impl=impl)
+
+
+def _through_scan(streams: _Scan) -> jax.Array:
+    """exp(A sum dt), and 0 where there is a reset."""
+    sum_BE = jnp.sum(streams.dt_BTE, axis=1, dtype=accumulation_dtype(streams[0], streams[1]))
+    exponent_BEN = sum_BE[..., None] * streams.A_EN.astype(sum_BE.dtype)
+    if streams.reset_BT is not None:
+        exponent_BEN = jnp.where(
+            jnp.any(streams.reset_BT, axis=1)[:, None, None], -jnp.inf, exponent_BEN
+        )
+    return jnp.exp(exponent_BEN)
 
 
 def _zeros(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.Array:

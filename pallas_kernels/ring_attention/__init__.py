@@ -1,7 +1,7 @@
 """Softmax attention over a sequence that is split over a mesh axis."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat, dispatch, validate
 from pallas_kernels.attention.rule import Places, Rule
 from pallas_kernels.products import accumulation_dtype
+from pallas_kernels.ring_attention import neighbour
 from pallas_kernels.ring_attention.balance import from_zigzag, to_zigzag
 from pallas_kernels.ring_attention.block import Keys, Queries
 from pallas_kernels.ring_attention.rdma import ring_rdma, unfit
@@ -56,7 +57,8 @@ def ring_attention(
     Memory a device does not grow with the number of devices: keys and values go round the ring, in
     the backward pass with their gradients. Without a window causal work is balanced: each device
     works on an early and a late half shard, which are exchanged on entry and on return; with one,
-    the ring ends where no window reaches.
+    the ring ends where no window reaches, and if it reaches no further than into the shard before,
+    its last window - 1 keys are all that is sent, and it is `attention`, by its implementations.
     Differentiable once, in q, k, v, bias, sinks and the cache.
     Errors: as `attention`; ValueError for an odd T where work is balanced, and for an
     implementation that is not available.
@@ -65,6 +67,10 @@ def ring_attention(
     _check(q, k, v, segment_ids, bias, sinks, window, cache)
     validate.check_positive(OP, logit_cap=logit_cap)
     size, tokens = lax.axis_size(axis_name), q.shape[1]
+    if window is not None and neighbour.reaches(causal, window, tokens) and impl != "rdma":
+        settings: dict[str, Any] = {"axis_name": axis_name, "window": window, "impl": impl}
+        settings |= {"scale": scale, "logit_cap": logit_cap}
+        return neighbour.attend(q, k, v, segment_ids, bias, sinks, cache, **settings)
     zigzag = causal and window is None and size > 1
     if zigzag and tokens % 2:
         raise ValueError(

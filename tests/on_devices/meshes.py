@@ -15,11 +15,15 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from memjax.collectives import collectives, compile_step
 from memjax.config import ConfigError
 from memjax.data import Data
+from memjax.describe import parameter_count
 from memjax.experiment import Experiment
+from memjax.gathering import look_up
 from memjax.memory import (
     ARMT,
     LM2,
@@ -32,7 +36,7 @@ from memjax.memory import (
 from memjax.memory import MEMORIES as REGISTERED
 from memjax.mixers import LSTM, MIXERS, Attention, GatedDeltaNet, Mamba, TTTLinear
 from memjax.model import Model
-from memjax.sharding import Mesh, make_mesh
+from memjax.sharding import Mesh, constrain, make_mesh, over
 from memjax.sharding import batch as batch_place
 from memjax.training.config import Optimizer, Train
 from memjax.training.step import make_trainer, put_batch
@@ -234,6 +238,50 @@ def test_parameters_are_gathered_in_their_layer_and_again_behind_it():
     # Parts of all layers side by side there are, but none of the matrices as they are gathered.
     assert f"f32[{repeat},{hidden},{width // 8}]" in compiled.as_text()
     assert f"f32[{repeat},{hidden},{width}]" not in compiled.as_text()
+
+
+def test_gradients_are_summed_to_the_parts_that_devices_keep():
+    """A reduce-scatter over fsdp in every layer, and over data the sum of a part of it alone."""
+    repeat, width = 4, 2 * WIDTH
+    model = dataclasses.replace(LINEAR, d_model=width, repeat=repeat)
+    config = experiment(model, Mesh(data=2, fsdp=4))
+    compiled, mesh = compile_step(config, VOCAB)
+    found = collectives(compiled.as_text(), mesh)
+    scattered = [one for one in found if one.kind == "reduce-scatter"]
+    assert {one.axes for one in scattered} == {("fsdp",)}
+    hidden = 2 * model.mlp.width(width)
+    largest = max(scattered, key=lambda one: one.result_bytes)
+    assert (largest.result_bytes, largest.times) == (4 * width * hidden // 4, repeat)
+    sums = [one for one in found if one.kind == "all-reduce"]
+    sent = sum(one.times * one.sent_bytes for one in sums)
+    # A quarter of all parameters by two devices; the table, as logits read it, by all eight.
+    parameters, table = 4 * parameter_count(model, VOCAB), 4 * VOCAB * width
+    assert sent < 1.05 * (2 * parameters / 4 / 2 + 2 * table * 7 / 8)
+
+
+@pytest.mark.parametrize("length", [7, 8])
+def test_the_gradient_of_a_table_whose_tokens_are_split_evenly_or_not(length):
+    """XLA's own gradient of it is wrong for 7 tokens on two devices and a table split over two."""
+    mesh, generator = make_mesh(MESHES["fsdp2-tensor2-context2"], ROWS), np.random.default_rng(0)
+    tokens = generator.integers(0, VOCAB, (ROWS, length))
+    table, dx = (generator.standard_normal((*n, WIDTH)) for n in ((VOCAB,), tokens.shape))
+    axes, place = ("vocab", "embed"), NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
+
+    def both(table, dx):
+        def read(table):
+            param = nnx.Param(table, axes=axes)
+            return constrain(look_up(param, jnp.asarray(tokens)), "lanes", "tokens")
+
+        with over(mesh):
+            rows, pull = jax.vjp(read, table)
+            return rows, pull(dx)[0]
+
+    run = jax.jit(both, in_shardings=(place, None), out_shardings=(None, place))
+    rows, gradient = run(table.astype(np.float32), dx.astype(np.float32))
+    want = np.zeros((VOCAB, WIDTH))
+    np.add.at(want, tokens, dx)
+    np.testing.assert_allclose(rows, table[tokens], rtol=1e-6)
+    np.testing.assert_allclose(gradient, want, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "attention"])

@@ -112,6 +112,9 @@ CASES = {
     "causal-three-devices": (3, True, False, {}),
     "both-directions-documents": (4, False, True, {"causal": False}),
     "window-of-neighbours-cache": (4, True, False, {"window": 5}),
+    "window-of-a-shard-documents-cache": (4, True, True, {"window": 7}),
+    "window-longer-than-the-cache-documents": (3, True, True, {"window": 9}),
+    "window-of-itself": (4, True, True, {"window": 1}),
     "window-of-two-shards-documents": (4, True, True, {"window": 9}),
     "one-device": (1, True, True, {}),
     "causal-cap-sinks-documents-cache": (4, True, True, {"logit_cap": 0.7, "sinks": True}),
@@ -151,11 +154,19 @@ def rotations(call, args):
     return list(within(jax.make_jaxpr(call)(args).jaxpr))
 
 
-@pytest.mark.parametrize("window, steps", [(1, 0), (4, 1), (5, 2), (100, 7)])
-def test_a_window_ends_the_ring_where_it_does_not_reach(window, steps):
+@pytest.mark.parametrize("window, loops", [(1, []), (4, []), (5, [2]), (100, [7])])
+def test_a_window_ends_the_ring_where_it_does_not_reach(window, loops):
     """Eight devices with 3 tokens each: a window of 4 reaches into the shard before."""
     call = on_a_ring(make_mesh(8), False, (None, None), window=window)
-    assert rotations(call, draw()) == [steps]
+    assert rotations(call, draw()) == loops
+
+
+def test_a_neighbour_sends_the_keys_that_a_window_reaches_and_no_more():
+    """Shards of 6 tokens, a window of 4: 3 keys, 3 values and 3 ids to the right."""
+    call = on_a_ring(make_mesh(4), False, (None, None), window=4)
+    (program,) = jax.core.jaxprs_in_params(jax.make_jaxpr(call)(draw()).jaxpr.eqns[0].params)
+    sent = [one.invars[0].aval.shape for one in program.eqns if one.primitive.name == "ppermute"]
+    assert sorted(sent) == sorted([(BATCH, 3), (BATCH, 3, GROUPS, KEY), (BATCH, 3, GROUPS, VALUE)])
 
 
 def test_memory_of_a_device_does_not_grow_with_the_ring():

@@ -1,0 +1,177 @@
+"""How programs use parameters that are split over a mesh: whole, in their layer; sums in parts.
+
+A layer gathers its parameters over fsdp when it runs, and again for its backward pass. A gradient
+is a sum over lanes and tokens, on all devices: each is sent the sum of its own part (a
+reduce-scatter over fsdp), and over data and context these parts are summed then, and not the whole.
+Compilers find the first by themselves, and not the second, so it is written out (`sum_to_parts`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh as JaxMesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memjax.sharding import BATCH_AXES, CONTEXT, active, axis_size, constrain, spec_of, splits
+
+
+def gather(param: nnx.Variable) -> jax.Array:
+    """A parameter as products use it: whole over fsdp. Its gradient is split as it is stored.
+
+    A parameter with the metadata `summed` has its gradient from `sum_to_parts`.
+    """
+    value, mesh = param[...], active()
+    if mesh is None:
+        return value
+    metadata = param.get_metadata()
+    axes = metadata["axes"]
+    stored, used = (
+        NamedSharding(mesh, spec_of(mesh, names, value.shape)) for names in (axes, _used(axes))
+    )
+    return _gather(value, stored, used, metadata.get("summed", False))
+
+
+def _used(axes: tuple[str, ...]) -> tuple[str | None, ...]:
+    return tuple(None if name == "embed" else name for name in axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: jax.Array, stored: NamedSharding, used: NamedSharding, summed: bool) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _gather_forward(x, stored, used, summed):
+    return _gather(x, stored, used, summed), None
+
+
+def _gather_backward(stored, used, summed, _, dx):
+    if not summed:
+        # Summed, then split: to split it at once the compiler might gather what it is the sum of.
+        dx = jax.lax.with_sharding_constraint(dx, used)
+    return (jax.lax.with_sharding_constraint(dx, stored),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def sum_to_parts(
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    x_BTI: jax.Array,
+    dy_BTO: jax.Array,
+    axes: tuple[str, ...],
+) -> jax.Array:
+    """product(x, dy) [O, I], a sum over lanes and tokens, split as a parameter of these axes is."""
+    mesh = active()
+    assert mesh is not None
+    shape = dy_BTO.shape[-1:] + x_BTI.shape[-1:]
+    used, stored = (spec_of(mesh, names, shape) for names in (_used(axes), axes))
+    fits = x_BTI.ndim == 3 and x_BTI.shape[0] % axis_size(mesh, "lanes") == 0
+    if not fits or x_BTI.shape[1] % axis_size(mesh, "tokens"):
+        return constrain(constrain(product(x_BTI, dy_BTO), *_used(axes)), *axes)
+
+    def local(x_BTI: jax.Array, dy_BTO: jax.Array) -> jax.Array:
+        return _sum_part(product(x_BTI, dy_BTO), stored, used, over)
+
+    over = tuple(name for name in (*BATCH_AXES, CONTEXT) if mesh.shape.get(name, 1) > 1)
+    places = (P(BATCH_AXES, CONTEXT, used[1]), P(BATCH_AXES, CONTEXT, used[0]))
+    run = jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=stored, check_vma=False)
+    return run(x_BTI, dy_BTO)
+
+
+def _sum_part(dw: jax.Array, stored: P, used: P, over: tuple[str, ...]) -> jax.Array:
+    """The sum over devices of what each has, split as it is stored; within `jax.shard_map`."""
+    for axis, (part, whole) in enumerate(zip(map(_names, stored), map(_names, used))):
+        if part == whole:
+            continue
+        if {*part} <= {*over}:
+            dw = jax.lax.psum_scatter(dw, part, scatter_dimension=axis, tiled=True)
+            over = tuple(name for name in over if name not in part)
+        else:  # each device has the whole sum
+            size, me = dw.shape[axis] // jax.lax.axis_size(part), jax.lax.axis_index(part)
+            dw = jax.lax.dynamic_slice_in_dim(dw, me * size, size, axis)
+    return jax.lax.psum(dw, over) if over else dw
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a `PartitionSpec`, which has one of them as a string."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def look_up(param: nnx.Variable, tokens_BT: jax.Array) -> jax.Array:
+    """param[tokens], the rows of a table; its gradient is summed to parts, as `sum_to_parts` does.
+
+    What the compiler makes of that sum is wrong where tokens are split unevenly and the table too.
+    """
+    value, mesh = param[...], active()
+    if mesh is None:
+        return value[tokens_BT]
+    return _look_up(value, tokens_BT, mesh, tuple(param.get_metadata()["axes"]))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _look_up(table_YD: jax.Array, tokens_BT: jax.Array, mesh: JaxMesh, axes: tuple) -> jax.Array:
+    return constrain(table_YD, *_used(axes))[tokens_BT]
+
+
+def _look_up_forward(table_YD, tokens_BT, mesh, axes):
+    return _look_up(table_YD, tokens_BT, mesh, axes), (table_YD, tokens_BT)
+
+
+def _look_up_backward(mesh, axes, residuals, dx_BTD):
+    table_YD, tokens_BT = residuals
+    used, stored = (spec_of(mesh, names, table_YD.shape) for names in (_used(axes), axes))
+    places = spec_of(mesh, ("lanes", "tokens"), tokens_BT.shape)
+    over = tuple(name for part in places for name in _names(part))
+
+    def local(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
+        rows = table_YD.shape[0]
+        if used[0]:
+            rows //= jax.lax.axis_size(used[0])
+            tokens_BT = tokens_BT - rows * jax.lax.axis_index(used[0])
+        mine_BT = (tokens_BT >= 0) & (tokens_BT < rows)
+        nothing_YD = jnp.zeros((rows, table_YD.shape[1]), table_YD.dtype)
+        dx_BTD = jnp.where(mine_BT[..., None], dx_BTD, 0).astype(table_YD.dtype)
+        dtable_YD = nothing_YD.at[jnp.where(mine_BT, tokens_BT, 0)].add(dx_BTD)
+        return _sum_part(dtable_YD, stored, used, over)
+
+    given = (places, P(*places, None))
+    run = jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=stored, check_vma=False)
+    return run(tokens_BT, dx_BTD), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+_CHEAP = {"sharding_constraint", "reshape", "squeeze", "slice", "transpose", "convert_element_type"}
+
+
+def gather_again() -> Callable | None:
+    """What to keep of a layer for its backward pass, where fsdp splits parameters; else None.
+
+    Everything but what is cheap to make again: a parameter that was gathered is gathered again,
+    instead of being kept, whole, for every layer.
+    """
+
+    def policy(primitive: Any, *_: Any, **settings: Any) -> bool:
+        gathers = getattr(settings.get("bwd"), "__name__", "") == _gather_backward.__name__
+        return primitive.name not in _CHEAP and not gathers
+
+    return policy if splits("embed") else None
+
+
+def gathered(module: Any) -> Any:
+    """A module with all its parameters gathered; called where a layer begins."""
+    if active() is None:
+        return module
+    definition, params = nnx.split(module)
+    params = jax.tree.map(
+        lambda param: param.replace(gather(param)),
+        params,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+    return nnx.merge(definition, params)
