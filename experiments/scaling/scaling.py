@@ -62,17 +62,20 @@ LAYERS, WIDTH, ROWS, TOKENS, HEADS = 4, 256, 8, 1024, 4
 MESHES = {
     "data": Mesh(data=8),
     "fsdp": Mesh(data=1, fsdp=8),
+    "data fsdp": Mesh(data=2, fsdp=4),
     "tensor": Mesh(data=1, tensor=4),
     "context": Mesh(data=1, context=8),
 }
 
 
 def least(axis: str, parameters: int, count: int) -> dict[str, float]:
-    """What a device must send a step, by the usual way to split a step over one axis."""
+    """What a device must send a step, by the usual way to split a step over one axis, or two."""
     share = (count - 1) / count
     gradients = {"gradients": 2 * 4 * parameters * share}
     if axis == "data":
         return gradients
+    if axis == "data fsdp":  # of two and four: gradients are split over fsdp, and summed over data
+        return least("fsdp", parameters, 4) | {"parts": 2 * 4 * parameters / 4 / 2}
     if axis == "fsdp":
         return {"parameters": 2 * 4 * parameters * share, "gradients": 4 * parameters * share}
     if axis == "tensor":  # of two products a layer, of the embedding and of the logits

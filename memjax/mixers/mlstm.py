@@ -197,5 +197,7 @@ class MLSTMMixer(SequenceMixer):
         recurrence = 4.0 * self.config.heads * self.size * (self.size + 1)
         blocks = 6.0 * self.config.heads * self.size * self.config.block
         telemetry = {} if state is None else {"level": jnp.mean(state.memory.level_BH)}
+        # In chunks, scores and sums over them: as much as the recurrence where chunk = size.
+        recurrence += 4.0 * self.config.heads * self.size * min(self.config.chunk, segment)
         flops = projection_flops(self) + blocks + recurrence
         return MemoryReport(state_bytes(self), flops, recurrence, telemetry)

@@ -261,7 +261,7 @@ def test_gradients_are_summed_to_the_parts_that_devices_keep():
 
 @pytest.mark.parametrize("length", [7, 8])
 def test_the_gradient_of_a_table_whose_tokens_are_split_evenly_or_not(length):
-    """XLA's own gradient of it is wrong for 7 tokens on two devices and a table split over two."""
+    """Table and tokens are split over two devices each; 7 tokens lie whole on both."""
     mesh, generator = make_mesh(MESHES["fsdp2-tensor2-context2"], ROWS), np.random.default_rng(0)
     tokens = generator.integers(0, VOCAB, (ROWS, length))
     table, dx = (generator.standard_normal((*n, WIDTH)) for n in ((VOCAB,), tokens.shape))
