@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from memjax.sharding import constrain
 from pallas_kernels.dispatch import current_target
 
 LOGITS = {"cpu": 1 << 22, "other": 1 << 25}
@@ -28,7 +29,11 @@ LOGITS = {"cpu": 1 << 22, "other": 1 << 25}
 8,192 words: 1.4 s against 2.3 s); an accelerator wants larger products."""
 
 Logits = Callable[[jax.Array, jax.Array], jax.Array]
-"""(hidden_BTD, table_YD) -> logits_BTY, float32; it must not close over what is differentiated."""
+"""(hidden_BTD, table) -> logits_BTY, float32; it must not close over what is differentiated.
+
+The table is [Y, D], or on a mesh [L, S, Y, D], a copy for the lanes and the tokens of each device
+(`memjax.gathering.copies`): gradients of pieces are added to on each device, and summed once.
+"""
 
 
 class Score(NamedTuple):
@@ -42,7 +47,7 @@ class Score(NamedTuple):
 def cross_entropy(
     logits: Logits,
     hidden_BTD: Float[Array, "B T D"],
-    table_YD: Float[Array, "Y D"],
+    table_YD: Float[Array, "*copies Y D"],
     targets_BT: Int[Array, "B T"],
     weight_BT: Float[Array, "B T"],
     *,
@@ -113,7 +118,10 @@ def _forward(logits, z_loss, pieces, hidden_BTD, table_YD, targets_BT, weight_BT
         return (sums, dtable_YD + add_YD), (dhidden_BCD, dweight_BC)
 
     xs = tuple(_deal(x, pieces) for x in (hidden_BTD, targets_BT, weight_BT))
-    zero = (_zero(), jnp.zeros(table_YD.shape, jnp.float32))
+    nothing_YD = jnp.zeros(table_YD.shape, jnp.float32)
+    if nothing_YD.ndim == 4:
+        nothing_YD = constrain(nothing_YD, "lanes", "tokens", "vocab")
+    zero = (_zero(), nothing_YD)
     (sums, dtable_YD), gradients = jax.lax.scan(add, zero, xs)
     dhidden_BTD, dweight_BT = (_collect(x, hidden_BTD.shape[1]) for x in gradients)
     return sums, (dhidden_BTD, dtable_YD.astype(table_YD.dtype), dweight_BT)

@@ -148,6 +148,45 @@ def _look_up_backward(mesh, axes, residuals, dx_BTD):
 _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
+def copies(param: nnx.Variable) -> jax.Array | None:
+    """A parameter [Y, D] as [L, S, Y, D]: a copy for the lanes and the tokens of each device.
+
+    What reads them leaves a gradient for each copy, which no device need send, however often it is
+    added to; all are summed once. None where lanes and tokens are not split.
+    """
+    mesh = active()
+    if mesh is None or not (splits("lanes") or splits("tokens")):
+        return None
+    return _copies(param[...], mesh, tuple(param.get_metadata()["axes"]))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _copies(table_YD: jax.Array, mesh: JaxMesh, axes: tuple) -> jax.Array:
+    shape = (axis_size(mesh, "lanes"), axis_size(mesh, "tokens"), *table_YD.shape)
+    table_LSYD = jnp.broadcast_to(constrain(table_YD, *_used(axes)), shape)
+    return constrain(table_LSYD, "lanes", "tokens", *_used(axes))
+
+
+def _copies_forward(table_YD, mesh, axes):
+    return _copies(table_YD, mesh, axes), None
+
+
+def _copies_backward(mesh, axes, _, d_LSYD):
+    used, stored = (spec_of(mesh, names, d_LSYD.shape[2:]) for names in (_used(axes), axes))
+    over = tuple(name for name in (*BATCH_AXES, CONTEXT) if mesh.shape.get(name, 1) > 1)
+
+    def local(d_LSYD: jax.Array) -> jax.Array:
+        return _sum_part(d_LSYD[0, 0], stored, used, over)
+
+    given = P(BATCH_AXES, CONTEXT, *used)
+    return (
+        jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=stored, check_vma=False)(d_LSYD),
+    )
+
+
+_copies.defvjp(_copies_forward, _copies_backward)
+
+
 _CHEAP = {"sharding_constraint", "reshape", "squeeze", "slice", "transpose", "convert_element_type"}
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax.architecture import Model
 from memjax.cross_entropy import Score, count_pieces, cross_entropy
-from memjax.gathering import gather, look_up
+from memjax.gathering import copies, gather, look_up
 from memjax.layers import RMSNorm, dot_transposed, normal
 from memjax.memory import make_segment_module
 from memjax.memory.base import SegmentMemory
@@ -101,7 +101,8 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T Y"]:
         """Float32 logits."""
-        return _logits(self.logit_cap, hidden_BTD, self._table())
+        param = self.embedding if self.output is None else self.output
+        return _logits(self.logit_cap, hidden_BTD, gather(param))
 
     def score(
         self,
@@ -116,30 +117,46 @@ class LanguageModel(nnx.Module):
 
         devices: those over which the logits are split.
         """
-        table_YD = self._table()
+        param = self.embedding if self.output is None else self.output
         rows, length = targets_BT.shape
+        pieces = count_pieces(rows, length, param.shape[0], devices)
+        table = copies(param)
+        if table is None or rows % table.shape[0] or length % (pieces * table.shape[1]):
+            table = gather(param)
         return cross_entropy(
             functools.partial(_logits, self.logit_cap),
             hidden_BTD,
-            table_YD,
+            table,
             targets_BT,
             weight_BT,
             z_loss=z_loss,
-            pieces=count_pieces(rows, length, table_YD.shape[0], devices),
+            pieces=pieces,
         )
-
-    def _table(self) -> jax.Array:
-        return gather(self.embedding if self.output is None else self.output)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = look_up(self.embedding, tokens_BT).astype(self.dtype)
         return constrain(x_BTD, "lanes", "tokens")
 
 
-def _logits(cap: float | None, hidden_BTD: jax.Array, table_YD: jax.Array) -> jax.Array:
-    logits_BTY = dot_transposed(hidden_BTD, table_YD, jnp.dtype(jnp.float32))
+def _logits(cap: float | None, hidden_BTD: jax.Array, table: jax.Array) -> jax.Array:
+    """table: [Y, D], or the `copies` of it."""
+    product = functools.partial(dot_transposed, dtype=jnp.dtype(jnp.float32))
+    if table.ndim == 2:
+        logits_BTY = product(hidden_BTD, table)
+    else:
+        hidden_LSBTD = _by_copy(hidden_BTD, table)
+        logits_LSBTY = jax.vmap(jax.vmap(product))(hidden_LSBTD, table)
+        logits_LSBTY = constrain(logits_LSBTY, "lanes", "tokens", None, None, "vocab")
+        logits_BTY = jnp.swapaxes(logits_LSBTY, 1, 2).reshape(*hidden_BTD.shape[:2], -1)
     logits_BTY = constrain(logits_BTY, "lanes", "tokens", "vocab")
     return logits_BTY if cap is None else cap * jnp.tanh(logits_BTY / cap)
+
+
+def _by_copy(x_BTD: jax.Array, table_LSYD: jax.Array) -> jax.Array:
+    """The lanes and tokens of each device, [L, S, B / L, T / S, D]."""
+    (rows, tokens, width), (lanes, shards) = x_BTD.shape, table_LSYD.shape[:2]
+    x_LBSTD = x_BTD.reshape(lanes, rows // lanes, shards, tokens // shards, width)
+    return constrain(jnp.swapaxes(x_LBSTD, 1, 2), "lanes", "tokens")
 
 
 def split(lm: LanguageModel) -> tuple[nnx.GraphDef, dict]:
