@@ -20,6 +20,7 @@ from memjax.memory.base import SegmentModule
 from memjax.sharding import active
 from memjax.stack import Stack, StackState, layer_memories, with_layer_memories
 from pallas_kernels.blocks import BlockState, Body, join, leave, scan_blocks
+from pallas_kernels.blocks.body import MOST_BLOCKS
 
 LANE_AXIS = 1  # of states of layers, as in `memjax.model`
 
@@ -118,9 +119,9 @@ def read_segments(
     definition, params = nnx.split(parts)
     held = BlockState(memory, held_BJ, count_B)
     # On a mesh one by one: JAX fails to vmap the transpose of the layers' `jax.shard_map`.
-    together = {} if active() is None else {"most": 1}
+    most = MOST_BLOCKS if active() is None else 1
     (h_BTD, auxiliary_BT), after = scan_blocks(
-        Body(_Reader(definition).step, **together),
+        Body(_Reader(definition).step, most=most),
         params,
         _initial(parts[0], parts[2]),
         held._replace(tokens=embed(held_BJ)),

@@ -156,8 +156,8 @@ class _Scan(NamedTuple):
 
 
 def _read_scan(chunk: int, impl: str, streams: _Scan, state_BEN: jax.Array):
-    *given, reset = streams
-    return whole_selective_scan(*given, state_BEN, reset, chunk=chunk, impl=impl)
+    x, dt, A, B, C, D, reset = streams
+    return whole_selective_scan(x, dt, A, B, C, D, state_BEN, reset, chunk=chunk, impl=impl)
 
 
 def _through_scan(streams: _Scan) -> jax.Array:
