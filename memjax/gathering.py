@@ -6,7 +6,7 @@ reduce-scatter over fsdp), and over data and context these parts are summed then
 Compilers find the first by themselves, and not the second, so it is written out (`sum_to_parts`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh as JaxMesh
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from memjax.sharding import BATCH_AXES, CONTEXT, active, axis_size, constrain, spec_of, splits
+from memjax.sharding import Spec, active, axis_size, constrain, spec_of, splits
 
 
 def gather(param: nnx.Variable) -> jax.Array:
@@ -77,13 +76,14 @@ def sum_to_parts(
     def local(x_BTI: jax.Array, dy_BTO: jax.Array) -> jax.Array:
         return _sum_part(product(x_BTI, dy_BTO), stored, used, over)
 
-    over = tuple(name for name in (*BATCH_AXES, CONTEXT) if mesh.shape.get(name, 1) > 1)
-    places = (P(BATCH_AXES, CONTEXT, used[1]), P(BATCH_AXES, CONTEXT, used[0]))
+    given = zip(_used(axes), (dy_BTO, x_BTI))
+    out, into = (spec_of(mesh, ("lanes", "tokens", name), x.shape) for name, x in given)
+    over, places = _axes(into[:2]), (into, out)
     run = jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=stored, check_vma=False)
     return run(x_BTI, dy_BTO)
 
 
-def _sum_part(dw: jax.Array, stored: P, used: P, over: tuple[str, ...]) -> jax.Array:
+def _sum_part(dw: jax.Array, stored: Spec, used: Spec, over: tuple[str, ...]) -> jax.Array:
     """The sum over devices of what each has, split as it is stored; within `jax.shard_map`."""
     for axis, (part, whole) in enumerate(zip(map(_names, stored), map(_names, used))):
         if part == whole:
@@ -98,8 +98,12 @@ def _sum_part(dw: jax.Array, stored: P, used: P, over: tuple[str, ...]) -> jax.A
 
 
 def _names(part: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry of a `PartitionSpec`, which has one of them as a string."""
+    """The mesh axes of one axis of an array; a `Spec` has a single one as a string."""
     return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def _axes(parts: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(name for part in parts for name in _names(part))
 
 
 def look_up(param: nnx.Variable, tokens_BT: jax.Array) -> jax.Array:
@@ -127,7 +131,7 @@ def _look_up_backward(mesh, axes, residuals, dx_BTD):
     table_YD, tokens_BT = residuals
     used, stored = (spec_of(mesh, names, table_YD.shape) for names in (_used(axes), axes))
     places = spec_of(mesh, ("lanes", "tokens"), tokens_BT.shape)
-    over = tuple(name for part in places for name in _names(part))
+    over = _axes(places)
 
     def local(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
         rows = table_YD.shape[0]
@@ -140,7 +144,7 @@ def _look_up_backward(mesh, axes, residuals, dx_BTD):
         dtable_YD = nothing_YD.at[jnp.where(mine_BT, tokens_BT, 0)].add(dx_BTD)
         return _sum_part(dtable_YD, stored, used, over)
 
-    given = (places, P(*places, None))
+    given = (places, spec_of(mesh, ("lanes", "tokens", None), dx_BTD.shape))
     run = jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=stored, check_vma=False)
     return run(tokens_BT, dx_BTD), None
 
@@ -173,15 +177,14 @@ def _copies_forward(table_YD, mesh, axes):
 
 def _copies_backward(mesh, axes, _, d_LSYD):
     used, stored = (spec_of(mesh, names, d_LSYD.shape[2:]) for names in (_used(axes), axes))
-    over = tuple(name for name in (*BATCH_AXES, CONTEXT) if mesh.shape.get(name, 1) > 1)
+    given = spec_of(mesh, ("lanes", "tokens", *_used(axes)), d_LSYD.shape)
+    over = _axes(given[:2])
 
     def local(d_LSYD: jax.Array) -> jax.Array:
         return _sum_part(d_LSYD[0, 0], stored, used, over)
 
-    given = P(BATCH_AXES, CONTEXT, *used)
-    return (
-        jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=stored, check_vma=False)(d_LSYD),
-    )
+    run = jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=stored, check_vma=False)
+    return (run(d_LSYD),)
 
 
 _copies.defvjp(_copies_forward, _copies_backward)

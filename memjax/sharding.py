@@ -52,6 +52,8 @@ LETTERS = {"B": "lanes", "T": "tokens", "H": "heads", "G": "heads", "E": "hidden
 PARTS = {"weights": "BH", "momenta": "BH", "carry": "BH", "tokens": "BJH"}
 
 Size = int | Literal["auto"]
+Spec = P
+"""For each axis of an array the mesh axes that it is split over."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
