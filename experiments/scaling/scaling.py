@@ -105,7 +105,9 @@ def traffic() -> list[dict]:
         sent = summary(collectives(compiled.as_text(), mesh))
         must = least(axis, parameters, mesh.size)
         row = {"axis": axis, "devices": mesh.size, "parameters": parameters, "least": must}
-        row["sent"] = {one["kind"]: round(one["bytes"]) for one in sent if one["axes"]}
+        row["sent"] = {}
+        for one in sent:
+            row["sent"][one["kind"]] = row["sent"].get(one["kind"], 0) + round(one["bytes"])
         row["ratio"] = sum(row["sent"].values()) / math.fsum(must.values())
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
