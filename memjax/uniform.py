@@ -3,6 +3,7 @@
 It takes the one branch of a condition that it knows, and forgets the others.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,9 +54,10 @@ def follow(eqn: Any, known: Sequence[Any]) -> list[Any]:
         axis = known[0].axis
         return [known[0].cut(params["start_indices"][axis], params["limit_indices"][axis])]
     if name == "split":
-        ends = np.cumsum(params["sizes"])
+        sizes = [int(size) for size in params["sizes"]]
+        ends = list(itertools.accumulate(sizes))
         if isinstance(known[0], Parts) and known[0].axis == params["axis"]:
-            return [known[0].cut(end - n, end) for end, n in zip(ends, params["sizes"])]
+            return [known[0].cut(end - n, end) for end, n in zip(ends, sizes)]
         return [_number(known[0])] * len(eqn.outvars)
     numbers = [_number(value) for value in known]
     return [_of_numbers(name, params, numbers)] * len(eqn.outvars)

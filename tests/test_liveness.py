@@ -107,3 +107,18 @@ def never(x):
 def test_a_branch_that_is_known_not_to_be_taken_needs_nothing():
     found, largest = (peak(jax.make_jaxpr(f)(X).jaxpr) / SIZE for f in (never, kept))
     assert largest >= 5 and 3 <= found < 3.3
+
+
+def split_off(x):
+    """As `never`, the known part cut off by a split."""
+
+    def turn(c, zero):
+        valid = jnp.zeros(N, bool) ^ (zero != 0)
+        seen = jnp.concatenate([jnp.where(valid, 0, -1), c[0].astype(int)])
+        return jax.lax.cond(jnp.any(jnp.split(seen, 2)[0] >= 0), kept, products, c), None
+
+    return jax.lax.scan(turn, x, jnp.zeros(3))[0]
+
+
+def test_a_part_that_is_split_off_is_known():
+    assert 3 <= peak(jax.make_jaxpr(split_off)(X).jaxpr) / SIZE < 3.3
