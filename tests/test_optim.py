@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from memjax.config import ConfigError
 from memjax.training.config import Optimizer
 from memjax.training.optim import MUON_RMS, is_decayed, make_optimizer, make_schedule
 
@@ -58,6 +59,41 @@ def test_adamw_equals_numpy_with_clipping_and_decay_of_matrices_alone():
     got = update(config, params, gradients)
     for name, leaf in expected.items():
         np.testing.assert_allclose(got[name], leaf, atol=2e-6)  # float32 against float64
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+def test_a_rate_of_tables_scales_their_updates_and_no_others(name):
+    """Against the same optimizer with a learning rate as high for all."""
+    axes, rows = {**AXES, "table": ("layers", "rows", "value")}, {**SHAPES, "table": (3, 7, 4)}
+    generator = np.random.default_rng(0)
+    params, *gradients = (
+        {
+            name: jnp.asarray(generator.normal(size=shape), jnp.float32)
+            for name, shape in rows.items()
+        }
+        for _ in range(3)
+    )
+
+    def after(**fields):
+        config = Optimizer(name=name, schedule="constant", warmup=0, clip=None, **fields)
+        optimizer, _ = make_optimizer(config, 100, axes)
+        state, moved = optimizer.init(params), params
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, moved)
+            moved = optax.apply_updates(moved, updates)
+        return moved
+
+    plain, fast = after(learning_rate=0.01), after(learning_rate=0.04)
+    got = after(learning_rate=0.01, table_rate=4.0)
+    for leaf in SHAPES:
+        want = fast[leaf] if leaf == "table" else plain[leaf]
+        np.testing.assert_allclose(got[leaf], want, rtol=1e-5, atol=1e-6)
+    assert np.abs(fast["table"] - plain["table"]).max() > 0.01
+
+
+def test_a_rate_of_tables_without_a_table_is_refused():
+    with pytest.raises(ConfigError, match=r"table_rate=2.0: no parameter of the model is a large"):
+        make_optimizer(Optimizer(table_rate=2.0), 100, AXES)
 
 
 def test_lion_equals_numpy():

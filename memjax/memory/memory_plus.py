@@ -50,8 +50,7 @@ class MemoryPlusModule(LayerModule):
     Source: arXiv:2412.09764, Sec. 3 (Memory+).
     Differs from paper: queries and keys are always normalised, each half by its root mean square
     with a learned scale, and products divided by sqrt(query_size) (there: where training is not
-    stable without). One learning rate for all parameters, and no weight decay of the table, as in
-    `ProductKeysModule`.
+    stable without). Weight decay and learning rate of the table are as in `ProductKeysModule`.
     """
 
     def __init__(self, config: MemoryPlus, d_model: int, *, rngs: nnx.Rngs):

@@ -17,6 +17,7 @@ class Optimizer:
         Adam updates the other parameters.
     clip: largest global gradient norm; None for no clipping.
     ema: decay of an exponential moving average of the weights, with which evaluation is done.
+    table_rate: learning rate of large tables, whose rows few tokens read, over that of the rest.
     """
 
     name: Literal["adamw", "muon", "lion"] = "adamw"
@@ -33,8 +34,10 @@ class Optimizer:
     eps: float = 1e-8
     clip: float | None = 1.0
     ema: float | None = None
+    table_rate: float = 1.0
 
     def __post_init__(self):
+        check(self, "table_rate", self.table_rate > 0, "must be greater than 0")
         check(self, "learning_rate", self.learning_rate > 0, "must be greater than 0")
         check_at_least(self, 0, "warmup", "weight_decay")
         check_at_least(self, 1, "schedule_steps")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from memjax.config import ConfigError
 from memjax.training.config import Optimizer
 
 MUON_RMS = 0.2  # size of an orthogonalised update, so that Muon shares AdamW's learning rates
@@ -24,12 +25,29 @@ def make_optimizer(
 
     steps: steps of the run, the length of the schedule unless config.schedule_steps is set.
     axes: logical axes of every parameter.
+    Raises ConfigError if table_rate is set and there is no table.
     """
     schedule = make_schedule(config, steps)
     decayed = _over_axes(is_decayed, axes)
     update = {"adamw": _adamw, "muon": _muon, "lion": _lion}[config.name]
     clip = [] if config.clip is None else [clip_by_norm(config.clip)]
-    return optax.chain(*clip, update(config, schedule, decayed, axes)), schedule
+    tables = [] if config.table_rate == 1 else [_scale_tables(config.table_rate, axes)]
+    return optax.chain(*clip, update(config, schedule, decayed, axes), *tables), schedule
+
+
+def _scale_tables(rate: float, axes: dict) -> optax.GradientTransformation:
+    """Updates of tables times `rate`; tables are not decayed, so this is their learning rate."""
+    table = _over_axes(is_table, axes)
+    if not any(jax.tree.leaves(table)):
+        rule = (
+            "no parameter of the model is a large table (product_keys, memory_plus); leave it out"
+        )
+        raise ConfigError(f"config.optimizer.table_rate={rate}: {rule}")
+
+    def scale(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda u, scaled: rate * u if scaled else u, updates, table)
+
+    return optax.stateless(scale)
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformation:
@@ -76,6 +94,11 @@ def is_decayed(axes: tuple[str, ...]) -> bool:
     """
     axes = _without_layers(axes)
     return len(axes) >= 2 and not {"conv", "rows"} & set(axes)
+
+
+def is_table(axes: tuple[str, ...]) -> bool:
+    """Whether the parameter is a large table, of which a token reads a few rows."""
+    return "rows" in axes
 
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
