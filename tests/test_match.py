@@ -13,7 +13,7 @@ from memjax.describe import describe
 from memjax.experiment import Experiment
 from memjax.match import Match, match, quantity
 from memjax.match.fields import candidates, read, with_value
-from memjax.memory import MEMORIES, RecurrentTokens
+from memjax.memory import MEMORIES, MemoryPlus, ProductKeys, RecurrentTokens
 from memjax.mixers import Attention, GatedDeltaNet, LinearAttention
 from memjax.model import Model
 
@@ -117,6 +117,16 @@ def test_models_with_a_memory_are_matched_within_one_per_cent(kind, by, other, c
     told = describe(found.experiment, VOCABULARY)[KEYS[by]]
     assert told == found.value and abs(told - target) <= 0.01 * target
     assert changed in found.changed
+
+
+@pytest.mark.parametrize("memory", [ProductKeys(at=(1,)), MemoryPlus(at=(1,)), MemoryPlus()])
+def test_a_table_is_solved_for_and_widths_are_left_alone(memory):
+    dense = Experiment(model=Model(pattern=("attention",) * 2, repeat=2))
+    with_table = dataclasses.replace(dense.model, memory=memory)
+    target = describe(dense, VOCABULARY)["params"]
+    found = match(dataclasses.replace(dense, model=with_table), VOCABULARY, target, Match())
+    assert "model.memory.keys" in found.changed and "model.d_model" not in found.changed
+    assert abs(found.value - target) <= 0.01 * target
 
 
 def test_steps_too_coarse_for_one_field_are_met_by_two_and_both_are_told():

@@ -8,7 +8,7 @@ from typing import Any
 from memjax.config import ConfigError, build, override, to_dict
 from memjax.experiment import Experiment
 from memjax.match.settings import By
-from memjax.memory.base import MixerMemory
+from memjax.memory.base import LayerMemory, MixerMemory
 
 MEMORY_SIZES = (
     "slots", "memory", "compressed", "blocks", "keys", "memory_size", "window", "context",
@@ -41,7 +41,14 @@ def candidates(experiment: Experiment, by: By) -> list[str]:
     if by == "state":
         return [*sizes, "model.d_model"]
     ratio = ["model.mlp.ratio"] if model.mlp is not None else []
-    return ["model.d_model", *ratio, *sizes]
+    plain = ["model.d_model", *ratio, *sizes]
+    memory = model.memory
+    if by != "flops" and isinstance(memory, LayerMemory) and memory.replaces_mlp:
+        # Most parameters are in its table; d_model would be torn far to make up for them.
+        table = [path for path in sizes if path.startswith("model.memory.")]
+        first = [*(path for path in table if not path.endswith("heads")), *ratio]
+        return [*first, *(path for path in plain if path not in first)]
+    return plain
 
 
 def _sizes(config: Any, path: str) -> Iterator[str]:
