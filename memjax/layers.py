@@ -123,6 +123,16 @@ class RMSNorm(nnx.Module):
         return (wide * scale * self.weight[...]).astype(x.dtype)
 
 
+def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The largest of the last axis, falling, and their places: `jax.lax.top_k`.
+
+    Behind a barrier: XLA finds its fast selection by the slice of a sort, which it otherwise joins
+    with slices that follow; on a CPU the largest 32 of 1,024 then take 14 times as long.
+    """
+    values, places = jax.lax.optimization_barrier(jax.lax.top_k(x, count))
+    return values, places
+
+
 def l2_normalise(x: Float[Array, "*lead size"], eps: float = 1e-6) -> Float[Array, "*lead size"]:
     """x / sqrt(sum(x^2) + eps) over the last axis, in float32."""
     wide = x.astype(jnp.float32)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax import telemetry
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, RMSNorm, normal
+from memjax.layers import Linear, RMSNorm, normal, top_k
 from memjax.memory.base import LayerMemory, LayerModule
 from memjax.memory.tables import sum_rows
 from memjax.mixers.base import MemoryReport, projection_flops
@@ -81,10 +81,10 @@ class KeySearch(nnx.Module):
             keys_HPNK.astype(x_BTD.dtype),
             preferred_element_type=jnp.float32,
         )
-        best_BTHPK, place_BTHPK = jax.lax.top_k(scores_BTHPN, self.top_k)
+        best_BTHPK, place_BTHPK = top_k(scores_BTHPN, self.top_k)
         one, two = pairs(self.top_k)
         sums = best_BTHPK[..., 0, one] + best_BTHPK[..., 1, two]
-        top_BTHK, pair_BTHK = jax.lax.top_k(sums, self.top_k)
+        top_BTHK, pair_BTHK = top_k(sums, self.top_k)
         first, second = (
             jnp.take_along_axis(place_BTHPK[..., half, :], jnp.asarray(of)[pair_BTHK], -1)
             for half, of in enumerate((one, two))
@@ -124,8 +124,8 @@ class ProductKeysModule(LayerModule):
     Source: arXiv:1907.05242, Sec. 3.
     Differs from paper: a query is normalised by the root mean square of its own half; there, by
     the mean and variance of each channel over the batch, through which later tokens and other
-    texts would reach every output. Learning rates: one for all parameters, and no weight decay of
-    the table, most of whose rows a step does not read.
+    texts would reach every output. The table has no weight decay, as a step does not read most of
+    its rows, and the learning rate of the rest unless `optimizer.table_rate` says otherwise.
     """
 
     def __init__(self, config: ProductKeys, d_model: int, *, rngs: nnx.Rngs):
