@@ -45,20 +45,29 @@ class SegmentState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Reads a segment with the layers, the norm and the memory module of `definition`."""
+    """Reads a segment with the layers, the norm and the memory module of `definition`.
+
+    listens: whether what the layers note of each token is a third output, by name `[B, C, R]`.
+    """
 
     definition: nnx.GraphDef
+    listens: bool
 
     def step(self, params: Any, memory: Memories, x_BCD: jax.Array):
         stack, norm, module = nnx.merge(self.definition, params)
         wide_BLD = module.wrap(memory.tokens, x_BCD)
         no_reset_BL = jnp.zeros(wide_BLD.shape[:2], bool)
         start = _with_kept(stack.init_state(wide_BLD.shape[0]), module, memory.layers)
-        with telemetry.deaf():  # notes of a segment cannot leave the loop over segments
+        listen: Any = telemetry.listening if self.listens else telemetry.deaf
+        with listen() as notes, telemetry.by_token(*wide_BLD.shape[:2]):
             after, h_BLD, auxiliary = stack.read(start, wide_BLD, no_reset_BL)
+        told_BCR = {
+            name: module.unwrap(memory.tokens, jnp.moveaxis(value_RBL, 0, -1))[1]
+            for name, value_RBL in (notes or {}).items()
+        }
         tokens, h_BCD = module.unwrap(memory.tokens, norm(h_BLD))
         memory = Memories(tokens, _kept(after, module))
-        return memory, (h_BCD, jnp.broadcast_to(auxiliary, x_BCD.shape[:2]))
+        return memory, (h_BCD, jnp.broadcast_to(auxiliary, x_BCD.shape[:2]), told_BCR)
 
 
 def _kept(state: StackState, module: SegmentModule) -> Any:
@@ -120,8 +129,8 @@ def read_segments(
     held = BlockState(memory, held_BJ, count_B)
     # On a mesh one by one: JAX fails to vmap the transpose of the layers' `jax.shard_map`.
     most = MOST_BLOCKS if active() is None else 1
-    (h_BTD, auxiliary_BT), after = scan_blocks(
-        Body(_Reader(definition).step, most=most),
+    (h_BTD, auxiliary_BT, told_BTR), after = scan_blocks(
+        Body(_Reader(definition, telemetry.heard()).step, most=most),
         params,
         _initial(parts[0], parts[2]),
         held._replace(tokens=embed(held_BJ)),
@@ -132,4 +141,5 @@ def read_segments(
     (joined_BJ, _), _, _ = join(held, tokens_BT, None, reset_BT, block=segment)
     after = leave(held, after.carry, joined_BJ, reset_BT, block=segment)
     state = SegmentState(*jax.tree.map(lambda x: x[None], tuple(after)))
+    telemetry.pass_on_tokens(told_BTR)
     return state, h_BTD, jnp.mean(auxiliary_BT)

@@ -115,7 +115,19 @@ class Block(nnx.Module):
         if self.part is not None:
             memory_state = self.part.write(state.memory, x_BTD)
         x_BTD = constrain(x_BTD, "lanes", "tokens")
-        return BlockState(mixer_state, memory_state), x_BTD, auxiliary
+        after = BlockState(mixer_state, memory_state)
+        if telemetry.heard() and not telemetry.hears_tokens():
+            self._note_states(after)
+        return after, x_BTD, auxiliary
+
+    def _note_states(self, state: BlockState) -> None:
+        """What the reports tell of states, but for their norms, which are measured outside."""
+        told = self.mixer.memory_report(state=state.mixer).telemetry
+        if self.memory is not None:
+            told = told | self.memory.memory_report(state=state.memory).telemetry
+        for name, value in told.items():
+            if "norm" not in name:
+                telemetry.note(name, value)
 
 
 class Pattern(nnx.Module):

@@ -275,6 +275,8 @@ def _inspect(result: Row) -> list[Part]:
                 lines.append(line(name, measure, values))
                 name = ""
     for note in result["notes"]:
+        if all(value is None for value in note["values"]):
+            continue
         lines.append(line(f"layer {note['layer']}", note["name"], note["values"]))
     head = f"{result['text']} at step {result['step']}: {number(result['tokens'])} tokens, "
     head += f"{result['stride']} a column"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import FieldError, check, check_at_least
 from memjax.layers import Linear, ShortConv, check_heads, l2_normalise
 from memjax.ops import neural_memory
@@ -214,6 +215,7 @@ class DeepMemoryBranch(nnx.Module):
     ) -> tuple[DeepMemoryState, Float[Array, "B T H V"]]:
         query_tail, q_BTHK = self.queries(state.query_tail_BMF, self.query(x_BTD), reset_BT)
         tails, tokens = self.writes(state[2:], x_BTD, reset_BT)
+        telemetry.note_gates(tokens.get("log_keep"), tokens["rate"])
         o_BTHV, memory = self._learn({"q": q_BTHK, **tokens}, state.memory, reset_BT, impl)
         return DeepMemoryState(memory, query_tail, *tails), o_BTHV
 
@@ -285,21 +287,3 @@ def norms(memory: Memory | NeuralMemoryState) -> dict[str, jax.Array]:
         return jnp.sqrt(sum((jnp.mean(jnp.sum(w * w, (2, 3))) for w in matrices), jnp.zeros(())))
 
     return {"weight_norm": norm(memory.weights), "momentum_norm": norm(memory.momenta)}
-
-
-def telemetry(memory: NeuralMemoryState) -> dict[str, jax.Array]:
-    """Norms, and the mean gates of the tokens of unfinished blocks (0 where there are none)."""
-    tokens = memory.tokens
-    place_J = jnp.arange(tokens["rate"].shape[1])
-    used_BJ = place_J >= len(place_J) - memory.count_B[:, None]
-    count = jnp.maximum(used_BJ.sum() * tokens["rate"].shape[2], 1)
-
-    def mean(gate_BJH: jax.Array) -> jax.Array:
-        return jnp.where(used_BJ[..., None], gate_BJH, 0).sum() / count
-
-    told = {**norms(memory), "rate": mean(tokens["rate"])}
-    if "log_momentum" in tokens:
-        told["momentum"] = mean(jnp.exp(tokens["log_momentum"]))
-    if "log_keep" in tokens:
-        told["forget"] = mean(-jnp.expm1(tokens["log_keep"]))
-    return told

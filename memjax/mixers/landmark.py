@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import check, check_at_least
-from memjax.layers import Linear
+from memjax.layers import Linear, top_k
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -119,8 +120,8 @@ class LandmarkMixer(SequenceMixer):
             p(x_BTD).reshape(*x_BTD.shape[:2], -1, self.size)
             for p in (self.query, self.key, self.value)
         )
-        o_BTHK, state = scan_blocks(
-            _body(self.config),
+        (o_BTHK, told), state = scan_blocks(
+            _body(self.config, telemetry.heard()),
             (),
             self._empty(),
             state,
@@ -129,6 +130,8 @@ class LandmarkMixer(SequenceMixer):
             block=self.config.block + 1,
             queries=q_BTHK,
         )
+        for name, value in told.items():
+            telemetry.note(name, value)
         return state, self.out(o_BTHK.reshape(*x_BTD.shape[:2], -1))
 
     def memory_report(self, segment: int = 1024, state: BlockState | None = None) -> MemoryReport:
@@ -144,9 +147,9 @@ class LandmarkMixer(SequenceMixer):
 
 
 @cache
-def _body(config: Landmark) -> Body:
-    """The same object for the same config, because it is compared."""
-    return Body(step=partial(_step, config), finish=partial(_finish, config))
+def _body(config: Landmark, tells: bool) -> Body:
+    """The same object for the same arguments, because it is compared."""
+    return Body(step=partial(_step, config), finish=partial(_finish, config, tells))
 
 
 def _step(config: Landmark, consts, cache: Cache, inputs):
@@ -159,7 +162,8 @@ def _step(config: Landmark, consts, cache: Cache, inputs):
     return Cache(push(cache.k_BMHK, k_BCHK), push(cache.v_BMHK, v_BCHK), held_B), ()
 
 
-def _finish(config: Landmark, consts, cache: Cache, inputs, kept) -> jax.Array:
+def _finish(config: Landmark, tells: bool, consts, cache: Cache, inputs, kept):
+    """Outputs of blocks; if it `tells`, also slot_use and hit_distance of each of their tokens."""
     (k, v), q = inputs
     size, blocks = config.block + 1, config.blocks
     back_M = np.repeat(np.arange(blocks, 0, -1), size)  # blocks from the current one
@@ -170,13 +174,29 @@ def _finish(config: Landmark, consts, cache: Cache, inputs, kept) -> jax.Array:
     k_J = jnp.concatenate([cache.k_BMHK.astype(k.dtype), k], -3)
     v_J = jnp.concatenate([cache.v_BMHK.astype(v.dtype), v], -3)
     attend = jax.checkpoint(partial(_attend, config, place_J))
-    o = attend(
+    o, weights = attend(
         _placed(config.position, q, place_J[-size:]),
         _placed(config.position, k_J, place_J),
         jnp.swapaxes(v_J, -3, -2),
         cache.held_B,
     )
-    return jnp.swapaxes(o, -3, -2)
+    o = jnp.swapaxes(o, -3, -2)
+    if not tells:
+        return o, {}
+    use = jnp.broadcast_to(cache.held_B[..., None] / blocks, o.shape[:-2])
+    return o, {"slot_use": use, "hit_distance": _distance(size, blocks, weights)}
+
+
+def _distance(size: int, blocks: int, weights: jax.Array) -> jax.Array:
+    """Tokens, landmarks among them, back to what is read of other blocks, by its weight.
+
+    weights: `[..., H, C, J]`. The result, `[..., C, H]`, is nan where there are none.
+    """
+    back_CM = np.arange(blocks * size, blocks * size + size)[:, None] - np.arange(blocks * size)
+    past = weights[..., : blocks * size]
+    total = jnp.sum(past, -1)
+    mean = jnp.sum(past * back_CM, -1) / jnp.where(total > 0, total, 1)
+    return jnp.swapaxes(jnp.where(total > 0, mean, jnp.nan), -1, -2)
 
 
 def _placed(position: Position, x: jax.Array, place_J: np.ndarray) -> jax.Array:
@@ -186,8 +206,8 @@ def _placed(position: Position, x: jax.Array, place_J: np.ndarray) -> jax.Array:
     return jnp.swapaxes(x_BJHK, 1, 2).reshape(*x.shape[:2], x.shape[3], x.shape[2], x.shape[4])
 
 
-def _attend(config: Landmark, place_J: np.ndarray, q, k, v, held) -> jax.Array:
-    """Queries of one block, `[..., H, C, K]`, over the blocks held and their own."""
+def _attend(config: Landmark, place_J: np.ndarray, q, k, v, held):
+    """Queries of one block, `[..., H, C, K]`, over the blocks held and their own: sums, weights."""
     size, blocks = config.block + 1, config.blocks
     scores = rows_dot_rows(q, k) * q.shape[-1] ** -0.5
     slopes_H = config.position.slopes(config.heads)
@@ -202,10 +222,10 @@ def _attend(config: Landmark, place_J: np.ndarray, q, k, v, held) -> jax.Array:
     exists = jnp.arange(blocks) >= blocks - held[..., None, None, None]
     landmarks = jnp.where(exists, past[..., -1], -jnp.inf)
     if config.retrieve is not None:
-        least = jax.lax.top_k(landmarks, config.retrieve)[0][..., -1:]
+        least = top_k(landmarks, config.retrieve)[0][..., -1:]
         landmarks = jnp.where(landmarks >= jax.lax.stop_gradient(least), landmarks, -jnp.inf)
     main = jax.nn.softmax(jnp.concatenate([landmarks, own], -1), -1)
     within = jax.nn.softmax(past[..., :-1], -1) * main[..., :blocks, None]
     within = jnp.pad(within, [(0, 0)] * (within.ndim - 1) + [(0, 1)]).reshape(*lead, -1)
     weights = jnp.concatenate([within, main[..., blocks:]], -1)
-    return dot(weights.astype(v.dtype), v).astype(v.dtype)
+    return dot(weights.astype(v.dtype), v).astype(v.dtype), weights

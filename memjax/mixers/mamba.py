@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import check_at_least
 from memjax.layers import Linear, ShortConv, dot_transposed, halves
 from memjax.mixers.base import (
@@ -104,10 +105,14 @@ class MambaMixer(SequenceMixer):
         cuts = (self.rank, self.rank + self.config.states)
         low_BTR, write_key_BTN, read_key_BTN = jnp.split(self.select(u_BTE), cuts, -1)
         step_BTE = dot_transposed(low_BTR, self.step[...], jnp.float32) + self.step_bias[...]
+        step_BTE, decay_EN = jax.nn.softplus(step_BTE), -jnp.exp(self.log_rate[...])
+        decay_EN = decay_EN.reshape(self.channels, -1)
+        if telemetry.heard():
+            telemetry.note_gates(step_BTE[..., None] * decay_EN)
         y_BTE, memory_BEN = selective_scan(
             u_BTE,
-            jax.nn.softplus(step_BTE),
-            -jnp.exp(self.log_rate[...]).reshape(self.channels, -1),
+            step_BTE,
+            decay_EN,
             write_key_BTN,
             read_key_BTN,
             self.skip[...],
@@ -120,6 +125,6 @@ class MambaMixer(SequenceMixer):
 
     def memory_report(self, segment: int = 1024, state: MambaState | None = None) -> MemoryReport:
         recurrence = 7.0 * self.channels * self.config.states
-        telemetry = {} if state is None else {"state_norm": jnp.linalg.norm(state.memory_BEN)}
+        told = {} if state is None else {"state_norm": jnp.linalg.norm(state.memory_BEN)}
         flops = projection_flops(self) + recurrence
-        return MemoryReport(state_bytes(self), flops, recurrence, telemetry)
+        return MemoryReport(state_bytes(self), flops, recurrence, told)

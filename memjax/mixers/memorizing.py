@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from memjax import telemetry
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, document_ids, l2_normalise
+from memjax.layers import Linear, document_ids, l2_normalise, top_k
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -84,6 +85,16 @@ class MemorizingState(NamedTuple):
     position_B: Int[Array, "B"]
 
 
+class Hits(NamedTuple):
+    """What the queries found, nan for those that found nothing.
+
+    distance: tokens back to what is recalled, mean by its weights. score: of the nearest key.
+    """
+
+    distance_BTH: jax.Array
+    score_BTH: jax.Array
+
+
 class MemorizingMixer(SequenceMixer):
     """y_t = W_o (g recalled_t + (1 - g) local_t),   g = sigmoid(b), one a head, b 0 at first
 
@@ -142,7 +153,11 @@ class MemorizingMixer(SequenceMixer):
 
         place_BT = position_BT % self.config.segment
         local_BTHK = self._local(asked_BTHK, k_BJHK, v_BJHK, place_BT, id_BT, id_BJ)
-        recalled_BTHK = self._recalled(asked_BTHK, k_BJHK, v_BJHK, place_BT, id_BT, id_BJ)
+        recalled_BTHK, hits = self._recalled(asked_BTHK, k_BJHK, v_BJHK, place_BT, id_BT, id_BJ)
+        if hits is not None:
+            telemetry.note("hit_distance", hits.distance_BTH)
+            scale_H = self.size**0.5 * jnp.abs(self.scale[...])
+            telemetry.note("hit_similarity", hits.score_BTH / scale_H)
         open_H1 = jax.nn.sigmoid(self.gate[...])[:, None]
         o_BTHK = open_H1 * recalled_BTHK + (1 - open_H1) * local_BTHK.astype(jnp.float32)
         y_BTD = self.out(o_BTHK.astype(x_BTD.dtype).reshape(*x_BTD.shape[:2], -1))
@@ -186,8 +201,10 @@ class MemorizingMixer(SequenceMixer):
         )
         return blocks.join(heads(o_BNHCK))
 
-    def _recalled(self, q_BTHK, k_BJHK, v_BJHK, place_BT, id_BT, id_BJ) -> jax.Array:
-        """Attention to the nearest of the memory, in chunks of queries."""
+    def _recalled(
+        self, q_BTHK, k_BJHK, v_BJHK, place_BT, id_BT, id_BJ
+    ) -> tuple[jax.Array, Hits | None]:
+        """Attention to the nearest of the memory, in chunks of queries; if heard, of its hits."""
         config, tokens = self.config, id_BT.shape[1]
         chunk = min(config.chunk, tokens)
         count = -(-tokens // chunk)
@@ -216,16 +233,20 @@ class MemorizingMixer(SequenceMixer):
             scores = jnp.where(
                 held_BCJ[:, None], rows_dot_rows(jax.lax.stop_gradient(q_BHCK), near_BHJK), NOTHING
             )
-            best_BHCM, index_BHCM = jax.lax.top_k(scores, config.neighbours)
+            best_BHCM, index_BHCM = top_k(scores, config.neighbours)
             index_BHCM = jnp.minimum(index_BHCM + at, k_BHJK.shape[2] - 1)
             found = best_BHCM > NOTHING
-            return jnp.swapaxes(
-                jax.checkpoint(_read)(q_BHCK, k_BHJK, v_BHJK, index_BHCM, found), 1, 2
-            )
+            o_BHCK = jax.checkpoint(_read)(q_BHCK, k_BHJK, v_BHJK, index_BHCM, found)
+            row_C1 = at + reach + jnp.arange(chunk)[:, None]
+            hits = _hits(best_BHCM, row_C1 - index_BHCM) if telemetry.heard() else None
+            return jax.tree.map(lambda a: jnp.swapaxes(a, 1, 2), (o_BHCK, hits))
 
-        o_NBCHK = jax.lax.map(one, (jnp.arange(count), *map(chunks, (q_BTHK, place_BT, id_BT))))
-        o_BNCHK = jnp.moveaxis(o_NBCHK, 0, 1)
-        return o_BNCHK.reshape(o_BNCHK.shape[0], -1, *o_BNCHK.shape[3:])[:, :tokens]
+        def join(x_NBCH: jax.Array) -> jax.Array:
+            x_BNCH = jnp.moveaxis(x_NBCH, 0, 1)
+            return x_BNCH.reshape(x_BNCH.shape[0], -1, *x_BNCH.shape[3:])[:, :tokens]
+
+        found = jax.lax.map(one, (jnp.arange(count), *map(chunks, (q_BTHK, place_BT, id_BT))))
+        return jax.tree.map(join, found)
 
     def memory_report(
         self, segment: int = 1024, state: MemorizingState | None = None
@@ -255,6 +276,15 @@ def _attend(position: Position, near: int, q, pairs, own_pairs, own_CJ, seen_CJ,
         scores_HCJ -= jnp.asarray(slopes_H, jnp.float32)[:, None, None] * gap_CJ
     weight_HCJ = jax.nn.softmax(jnp.where(seen_CJ, scores_HCJ, -jnp.inf), -1).astype(v.dtype)
     return sums_of(weight_HCJ, v, own_v, own_CJ)
+
+
+def _hits(score_BHCM: jax.Array, distance_BHCM: jax.Array) -> Hits:
+    """Of each query's nearest keys, the best first; heads before tokens."""
+    weight_BHCM = jax.nn.softmax(score_BHCM, -1)
+    distance_BHC = jnp.sum(weight_BHCM * distance_BHCM, -1)
+    best_BHC = score_BHCM[..., 0]
+    found_BHC = best_BHC > NOTHING
+    return Hits(*(jnp.where(found_BHC, a, jnp.nan) for a in (distance_BHC, best_BHC)))
 
 
 def _read(q_BHCK, k_BHJK, v_BHJK, index_BHCM, found_BHCM) -> jax.Array:

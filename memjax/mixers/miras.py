@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from memjax import telemetry
 from memjax.layers import Linear, l2_normalise
 from memjax.mixers.base import MemoryReport, SequenceMixer, projection_flops, state_bytes
-from memjax.mixers.deep_memory import FORGET_BIAS, MOMENTUM_BIAS, RATE_BIAS, telemetry
+from memjax.mixers.deep_memory import FORGET_BIAS, MOMENTUM_BIAS, RATE_BIAS, norms
 from memjax.mixers.miras_config import MirasConfig
 from memjax.mixers.streams import Readout, Stream, split_heads
 from memjax.ops import last_token, neural_memory
@@ -105,11 +106,13 @@ class MirasMixer(SequenceMixer):
             l2_normalise(apply_position(config.position, split_heads(x, config.heads), position_BT))
             for x in (q_BTF, k_BTF)
         )
+        gates = self._gates(x_BTD)
+        telemetry.note_gates(gates.get("log_keep"), gates["rate"])
         o_BTHV, memory = neural_memory(
             q_BTHK,
             k_BTHK,
             split_heads(v_BTF, config.heads),
-            **self._gates(x_BTD),
+            **gates,
             weights=self.initial,
             constants={name: constant[...] for name, constant in self.constants.items()},
             state=state.memory,
@@ -145,7 +148,7 @@ class MirasMixer(SequenceMixer):
         steps = 2.0 + 2.0 * self.config.rule.learner.momentum
         recurrence = (2 + 2 + 2 + steps) * sum(sizes) + 2.0 * sum(sizes[1:])
         flops = projection_flops(self) + recurrence
-        told = {} if state is None else telemetry(state.memory)
+        told = {} if state is None else norms(state.memory)
         return MemoryReport(state_bytes(self), flops, recurrence, told)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from memjax import telemetry
 from memjax.config import check, check_at_least
 from memjax.layers import Linear, ShortConv, dot_transposed, halves, normal
 from memjax.mixers.base import (
@@ -175,9 +176,12 @@ class MLSTMMixer(SequenceMixer):
             x.reshape(*x.shape[:2], self.config.heads, self.size) for x in (u_BTE, c_BTE)
         )
         streams = self.query(c_BTHK), self.key(c_BTHK), self.value(u_BTHK)
+        log_input_BTH, log_forget_BTH = self.gates(*streams)
+        telemetry.note_gates(log_forget_BTH)
         h_BTHV, memory = mlstm(
             *streams,
-            *self.gates(*streams),
+            log_input_BTH,
+            log_forget_BTH,
             state.memory,
             reset_BT,
             chunk=self.config.chunk,
@@ -196,8 +200,8 @@ class MLSTMMixer(SequenceMixer):
     def memory_report(self, segment: int = 1024, state: MLSTMState | None = None) -> MemoryReport:
         recurrence = 4.0 * self.config.heads * self.size * (self.size + 1)
         blocks = 6.0 * self.config.heads * self.size * self.config.block
-        telemetry = {} if state is None else {"level": jnp.mean(state.memory.level_BH)}
+        told = {} if state is None else {"level": jnp.mean(state.memory.level_BH)}
         # In chunks, scores and sums over them: as much as the recurrence where chunk = size.
         recurrence += 4.0 * self.config.heads * self.size * min(self.config.chunk, segment)
         flops = projection_flops(self) + blocks + recurrence
-        return MemoryReport(state_bytes(self), flops, recurrence, telemetry)
+        return MemoryReport(state_bytes(self), flops, recurrence, told)

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from memjax import telemetry
 from memjax.config import check, check_at_least
 from memjax.layers import Linear, check_heads
 from memjax.mixers.base import (
@@ -110,6 +111,7 @@ class RetNetMixer(SequenceMixer):
             for project in (self.query, self.key)
         )
         decay_H = jnp.asarray(log_decays(config.heads), jnp.float32)
+        telemetry.note_gates(decay_H)
         o_BTHV, memory_BHKV = linear_attention(
             q_BTHK,
             k_BTHK,
@@ -125,6 +127,6 @@ class RetNetMixer(SequenceMixer):
 
     def memory_report(self, segment: int = 1024, state: RetNetState | None = None) -> MemoryReport:
         recurrence = 4.0 * self.config.heads * self.key_size * self.value_size
-        telemetry = {} if state is None else {"state_norm": jnp.linalg.norm(state.memory_BHKV)}
+        told = {} if state is None else {"state_norm": jnp.linalg.norm(state.memory_BHKV)}
         flops = projection_flops(self) + recurrence
-        return MemoryReport(state_bytes(self), flops, recurrence, telemetry)
+        return MemoryReport(state_bytes(self), flops, recurrence, told)

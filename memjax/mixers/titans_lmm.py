@@ -19,7 +19,7 @@ from memjax.mixers.deep_memory import (
     DeepMemory,
     DeepMemoryBranch,
     DeepMemoryState,
-    telemetry,
+    norms,
 )
 
 
@@ -71,5 +71,5 @@ class TitansLMMMixer(SequenceMixer):
     ) -> MemoryReport:
         recurrence = self.memory.recurrence_flops()
         flops = projection_flops(self) + recurrence
-        told = {} if state is None else telemetry(state.memory)
+        told = {} if state is None else norms(state.memory)
         return MemoryReport(state_bytes(self), flops, recurrence, told)

@@ -20,7 +20,7 @@ from memjax.mixers.deep_memory import (
     DeepMemory,
     DeepMemoryBranch,
     DeepMemoryState,
-    telemetry,
+    norms,
 )
 from memjax.mixers.persistent import WindowAttention, WindowState
 from memjax.ops import read_in_turns
@@ -105,5 +105,5 @@ class TitansMAGMixer(SequenceMixer):
     ) -> MemoryReport:
         recurrence = self.memory.recurrence_flops()
         flops = projection_flops(self) + self.attention.attention_flops(segment) + recurrence
-        told = {} if state is None else telemetry(state.memory.memory)
+        told = {} if state is None else norms(state.memory.memory)
         return MemoryReport(state_bytes(self), flops, recurrence, told)

@@ -18,7 +18,7 @@ from memjax.mixers.base import (
 from memjax.mixers.deep_memory import (
     DeepMemory,
     DeepMemoryState,
-    telemetry,
+    norms,
 )
 from memjax.mixers.persistent import WindowAttention, WindowState
 from memjax.mixers.titans_lmm import TitansLMM, TitansLMMMixer
@@ -103,5 +103,5 @@ class TitansMALMixer(SequenceMixer):
     ) -> MemoryReport:
         recurrence = self.memory.memory.recurrence_flops()
         flops = projection_flops(self) + self.attention.attention_flops(segment) + recurrence
-        told = {} if state is None else telemetry(state.memory.memory)
+        told = {} if state is None else norms(state.memory.memory)
         return MemoryReport(state_bytes(self), flops, recurrence, told)
