@@ -19,6 +19,7 @@ from memjax.memory import (
     ARMT,
     LM2,
     MEMORIES,
+    CompressiveMemory,
     LandmarkMemory,
     MemorizingMemory,
     MemoryPlus,
@@ -26,7 +27,7 @@ from memjax.memory import (
     ProductKeys,
     RecurrentTokens,
 )
-from memjax.mixers import LSTM, MIXERS, Attention, GatedDeltaNet
+from memjax.mixers import LSTM, MIXERS, Attention, GatedDeltaNet, Infini, TransformerXL
 from memjax.model import LANE_AXIS, LanguageModel, logical_axes, split
 from memjax.positions import ALiBi
 
@@ -35,10 +36,10 @@ MEMORY_CASES = {
     "recurrent_tokens": (RecurrentTokens(slots=3, segment=8), ("attention", "lstm")),
     "product_keys": (
         ProductKeys(keys=5, heads=2, top_k=3, query_size=6, at=(1,)),
-        ("attention", "lstm"),
+        ("infini", "lstm"),
     ),
     "armt": (ARMT(slots=3, segment=8, memory_size=5), ("attention", "lstm")),
-    "lm2": (LM2(slots=3, segment=5, heads=2, at=(0,)), ("attention", "lstm")),
+    "lm2": (LM2(slots=3, segment=5, heads=2, at=(0,)), ("transformer_xl", "lstm")),
     "memory_plus": (
         MemoryPlus(keys=6, heads=2, top_k=4, query_size=6, value_size=7),
         ("gated_deltanet",),
@@ -50,6 +51,10 @@ MEMORY_CASES = {
         ("attention", "recall"),
     ),
     "landmark": (LandmarkMemory(block=3, blocks=4, segment=6), ("softmax", "lstm")),
+    "compressive": (
+        CompressiveMemory(memory=5, compressed=3, segment=4, rate=2),
+        ("softmax",),
+    ),
 }
 MIXER_CONFIGS = {
     "attention": Attention(context=32),
@@ -57,6 +62,8 @@ MIXER_CONFIGS = {
     "recall": Attention(heads=2, position=ALiBi()),
     "gated_deltanet": GatedDeltaNet(chunk=8, heads=2),
     "lstm": LSTM(),
+    "infini": Infini(heads=2, segment=5),
+    "transformer_xl": TransformerXL(heads=2, memory=6, segment=7, chunk=12),
 }
 RESETS = [(0, 5), (0, 6), (1, 0), (1, 21), (2, 28)]
 LENGTH = 29
@@ -93,11 +100,11 @@ def busy(lm):
 
 
 def test_every_memory_has_a_case():
-    """Those that are mixers alone are among the cases of mixers, and one of them is here."""
+    """As a memory, or, of those that are mixers, as a mixer of the pattern."""
     cases = {memory.kind for memory, _ in MEMORY_CASES.values()}
-    assert cases | set(MIXERS) >= set(MEMORIES)
     assert cases >= {kind for kind, (_, module) in MEMORIES.items() if module is not None}
-    assert any(MEMORIES[kind][1] is None for kind in cases)
+    mixers = {name for _, pattern in MEMORY_CASES.values() for name in pattern}
+    assert cases | (mixers & set(MIXERS)) >= set(MEMORIES)
 
 
 def test_any_split_of_a_text_equals_the_whole(lm):
