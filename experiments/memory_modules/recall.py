@@ -1,75 +1,115 @@
 """What each memory recalls from beyond its segment: python experiments/memory_modules/recall.py
 
-Rows of 128 symbols, of which attention alone sees 32: a needle anywhere, MQAR with four pairs, and
-MQAR in which each key is written twice and the latest value wins. Accuracy on fresh rows of the
-same length, three seeds. Trains what `recall.json` beside this file lacks and adds it there; prints
-the table. `--only NAME [NAME ...]` for some memories, `--seeds N` for fewer seeds.
+Short rows of symbols, of which two layers of attention alone see less than half:
+
+    needle  one of two keys and its value (of four) in noise; the last symbol asks for the value
+    mqar    three keys and their values, then each key again at some distance, mostly a short one
+    latest  one key that is given three values, then the key again: the last value counts
+
+Scored on fresh rows in which mqar and latest ask at the end, far from the answer. Trains what
+`recall.json` beside this file lacks and adds it there; prints the table. `--only NAME ...` for some
+memories, `--tasks NAME ...` for some tasks, `--seeds N` for other numbers of seeds.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-from models import MODELS
+from models import make_models
 
 from memjax.data import Data, open_data
-from memjax.data.tasks import MQAR, Needle
+from memjax.data.tasks import MQAR, Needle, Task
 from memjax.evals.run import load_run
 from memjax.evals.tasks import evaluate_task
 from memjax.experiment import Experiment
+from memjax.platform import restart_with_fast_allocator
 from memjax.training.config import Optimizer, Train
 from memjax.training.loop import train
 
 RESULTS = Path(__file__).parent / "recall.json"
-LENGTH, BATCH, STEPS = 128, 32, 400
+
+
+class Recall(NamedTuple):
+    """train: what is trained on. test: what is scored. chance: of a guess among all values."""
+
+    train: Task
+    test: Task
+    segment: int
+    length: int
+    batch: int
+    steps: int
+    chance: float
+
+
+def mqar(pairs: int, writes: int, power: float) -> MQAR:
+    """power: below 1, questions mostly follow soon; far above, they come at the end."""
+    return MQAR(pairs=pairs, vocab=8, writes=writes, power=power)
+
+
+NEEDLE = Needle(keys=2, values=4, noise=2)
 TASKS = {
-    "needle": Needle(keys=8, values=8, noise=16),
-    "mqar": MQAR(pairs=4, vocab=32, power=1.0),
-    "latest": MQAR(pairs=4, vocab=32, power=1.0, writes=2),
+    "needle": Recall(NEEDLE, NEEDLE, 16, 64, 32, 300, 1 / 4),
+    "mqar": Recall(mqar(3, 1, 0.5), mqar(3, 1, 8.0), 8, 32, 64, 900, 1 / 4),
+    "latest": Recall(mqar(1, 3, 0.5), mqar(1, 3, 8.0), 8, 32, 64, 300, 1 / 4),
 }
+NAMES = list(make_models(16))
 
 
-def recall(name: str, task: str, seed: int) -> float:
-    data = Data(source="task", task=TASKS[task], sequence=LENGTH, batch=BATCH, seed=seed)
+def recall(name: str, task: Recall, seed: int) -> float:
+    data = Data(source="task", task=task.train, sequence=task.length, batch=task.batch, seed=seed)
     experiment = Experiment(
-        model=MODELS[name],
+        model=make_models(task.segment)[name],
         data=data,
-        optimizer=Optimizer(learning_rate=3e-3, warmup=50),
-        train=Train(steps=STEPS, seed=seed, tensorboard=False, log_every=100),
+        optimizer=Optimizer(learning_rate=5e-3, warmup=50, weight_decay=0.0),
+        train=Train(steps=task.steps, seed=seed, tensorboard=False, log_every=100),
     )
     with tempfile.TemporaryDirectory() as folder:
         train(experiment, Path(folder) / "run")
         run = load_run(Path(folder) / "run")
-    corpus = open_data(data, "test")
-    return evaluate_task(run.parts, corpus, length=LENGTH, rows=512)["accuracy"]
+    corpus = open_data(dataclasses.replace(data, task=task.test), "test")
+    return evaluate_task(run.parts, corpus, length=task.length, rows=512)["accuracy"]
+
+
+def read_results() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def table(results: dict) -> str:
     lines = ["| memory | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
-    for name, found in results.items():
-        means = [statistics.mean(found[t].values()) if t in found else None for t in TASKS]
-        cells = ["" if mean is None else f"{mean:.2f}" for mean in means]
+    chances = [f"{task.chance:.2f}" for task in TASKS.values()]
+    lines.append("| chance | " + " | ".join(chances) + " |")
+    for name in NAMES:
+        found = results.get(name, {})
+        cells = []
+        for task in TASKS:
+            values = list(found.get(task, {}).values())
+            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    restart_with_fast_allocator()  # as the command line does
     for seed in range(arguments.seeds):
-        for name in arguments.only:
-            for task in TASKS:
-                found = results.setdefault(name, {}).setdefault(task, {})
-                if str(seed) not in found:
-                    found[str(seed)] = recall(name, task, seed)
+        for task in arguments.tasks:
+            for name in arguments.only:
+                if str(seed) not in read_results().get(name, {}).get(task, {}):
+                    accuracy = recall(name, TASKS[task], seed)
+                    results = read_results()  # others may have added to it
+                    results.setdefault(name, {}).setdefault(task, {})[str(seed)] = accuracy
                     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-                    print(name, task, seed, found[str(seed)], flush=True)
-    print(table(results))
+                    print(name, task, seed, accuracy, flush=True)
+    print(table(read_results()))
 
 
 if __name__ == "__main__":
