@@ -57,6 +57,7 @@ SPILL_LIMIT = 8  # bytes a thread: an address or two, not an accumulator
 # As seen in the assembly: addresses and counts, read again once a block or once a kernel.
 SPILLS = {
     "attention cap and sinks K=128": 40,
+    "linear_attention channel K=64 bfloat16": 12,
     "linear_attention channel K=128 bfloat16": 12,
     "linear_attention channel K=128, 64 heads": 12,
 }

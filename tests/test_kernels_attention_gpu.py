@@ -15,6 +15,11 @@ def test_interpreted_kernels_equal_the_definition_and_its_gradients():
     run_on_virtual_devices("attention_gpu")
 
 
+@pytest.mark.slow
+def test_interpreted_kernels_of_more_blocks_equal_the_definition():
+    run_on_virtual_devices("attention_gpu", "-m", "slow")
+
+
 def places(rng, kind, tokens, keys):
     """Positions and ids of queries and keys: documents behind a cache, or in any order."""
     if kind == "scattered":
