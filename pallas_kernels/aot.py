@@ -54,7 +54,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 SPILL_LIMIT = 8  # bytes a thread: an address or two, not an accumulator
-# As seen in the assembly: addresses and counts, read again once a block or once a kernel.
+# Addresses and counts, read again once a block or once a kernel: experiments/kernels/README.md.
 SPILLS = {
     "attention cap and sinks K=128": 40,
     "linear_attention channel K=64 bfloat16": 12,
