@@ -15,7 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from memjax import sharding
 from memjax.config import check, check_at_least
 from memjax.gathering import sum_to_parts
+from memjax.norms import unit_norm, unit_rms
 from pallas_kernels import context_parallel
+from pallas_kernels.once import once
 
 PRODUCT = "product"
 
@@ -118,9 +120,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*lead size"]) -> Float[Array, "*lead size"]:
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
-        return (wide * scale * self.weight[...]).astype(x.dtype)
+        return (unit_rms(x, self.eps) * self.weight[...]).astype(x.dtype)
 
 
 def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -135,9 +135,7 @@ def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 def l2_normalise(x: Float[Array, "*lead size"], eps: float = 1e-6) -> Float[Array, "*lead size"]:
     """x / sqrt(sum(x^2) + eps) over the last axis, in float32."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype)
+    return unit_norm(x, eps).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,7 +288,7 @@ class ShortConv(nnx.Module):
         id_BJ = jnp.pad(document_ids(reset_BT), ((0, 0), (reach, 0)))
         ours_BM1 = (id_BJ[:, length:] == id_BJ[:, -1:])[..., None]
         tail_BMF = jnp.where(ours_BM1, padded_BJF[:, length:], 0).astype(jnp.float32)
-        return tail_BMF, y_BTF
+        return tail_BMF, once(y_BTF)
 
     def _reaches(self, reset_BT: Bool[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T M"]:
         """1 where no reset lies in the way from a token to the one 1, 2, ... before it, else 0."""

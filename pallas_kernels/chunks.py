@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.once import cotangent_once, once
 from pallas_kernels.products import rows_dot_rows
 
 # exp of it is zero even in float64, and sums of it are exact multiples of the step in float32.
@@ -57,14 +58,14 @@ def split_chunks(x_BT: jax.Array, length: int) -> jax.Array:
     padding[1] = (0, chunks * length - tokens)
     x_BT = jnp.pad(x_BT, padding)
     x_BNCH = x_BT.reshape(x_BT.shape[0], chunks, length, *x_BT.shape[2:])
-    return jnp.transpose(x_BNCH, (1, 0, 3, 2, *range(4, x_BNCH.ndim)))
+    return once(jnp.transpose(x_BNCH, (1, 0, 3, 2, *range(4, x_BNCH.ndim))))
 
 
 def join_chunks(x_NBHCV: jax.Array, tokens: int) -> jax.Array:
     """`[N, B, H, C, V]` to `[B, T, H, V]`, without the padding."""
     chunks, batch, heads, length, size = x_NBHCV.shape
-    x_BNCHV = jnp.transpose(x_NBHCV, (1, 0, 3, 2, 4))
-    return x_BNCHV.reshape(batch, chunks * length, heads, size)[:, :tokens]
+    x_BNCHV = jnp.transpose(cotangent_once(x_NBHCV), (1, 0, 3, 2, 4))
+    return once(x_BNCHV.reshape(batch, chunks * length, heads, size)[:, :tokens])
 
 
 def chunk_decay(
@@ -139,7 +140,7 @@ def _sum_of_heads(heads: int, _: None, g_HCC: jax.Array) -> tuple[jax.Array]:
     """Slice by slice on a CPU: XLA sums over other axes than the last twenty times as slowly."""
 
     def by_slices(g_HCC: jax.Array) -> jax.Array:
-        return functools.reduce(jnp.add, (g_HCC[..., h : h + 1, :, :] for h in range(heads)))
+        return once(functools.reduce(jnp.add, (g_HCC[..., h : h + 1, :, :] for h in range(heads))))
 
     def plain(g_HCC: jax.Array) -> jax.Array:
         return jnp.sum(g_HCC, -3, keepdims=True)

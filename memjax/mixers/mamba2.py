@@ -20,6 +20,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
+from memjax.norms import unit_rms
 from memjax.ops import linear_attention
 
 STEP_RANGE = (1e-3, 1e-1)
@@ -145,9 +146,8 @@ class Mamba2Mixer(SequenceMixer):
 
     def _normalise(self, x_BTE: jax.Array) -> jax.Array:
         """RMSNorm of each group of channels, statistics in float32."""
-        x_BTGF = x_BTE.reshape(*x_BTE.shape[:2], self.config.groups, -1).astype(jnp.float32)
-        scale_BTG1 = jax.lax.rsqrt(jnp.mean(x_BTGF * x_BTGF, -1, keepdims=True) + NORM_EPS)
-        y_BTE = (x_BTGF * scale_BTG1).reshape(x_BTE.shape) * self.norm[...]
+        x_BTGF = x_BTE.reshape(*x_BTE.shape[:2], self.config.groups, -1)
+        y_BTE = unit_rms(x_BTGF, NORM_EPS).reshape(x_BTE.shape) * self.norm[...]
         return y_BTE.astype(x_BTE.dtype)
 
     def memory_report(self, segment: int = 1024, state: Mamba2State | None = None) -> MemoryReport:

@@ -19,8 +19,10 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
+from memjax.norms import unit_rms
 from memjax.ops import mlstm
 from pallas_kernels import MLSTMMemory
+from pallas_kernels.once import once
 
 FORGET_RANGE = (3.0, 6.0)
 INPUT_STD = 0.1
@@ -93,6 +95,7 @@ def _block_product_backward(residuals, dy_BTHK):
     than a sum over tokens for each entry. x comes first because XLA transposes the first operand
     there, and would transpose dy entry by entry while it computes it."""
     x_BTHK, weight_HFEJ = residuals
+    dy_BTHK = once(dy_BTHK)
     dx_BTHK = block_product(dy_BTHK, jnp.swapaxes(weight_HFEJ, 1, 2))
     heads, size, _, apart = weight_HFEJ.shape
     dense = jnp.einsum("bthl,bthk->bhlk", x_BTHK, dy_BTHK, preferred_element_type=jnp.float32)
@@ -170,8 +173,9 @@ class MLSTMMixer(SequenceMixer):
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[MLSTMState, Float[Array, "B T D"]]:
         u_BTE, z_BTE = halves(self.up, x_BTD)
+        u_BTE = once(u_BTE)
         tail_BMF, c_BTE = self.conv(state.tail_BMF, u_BTE, reset_BT)
-        c_BTE = jax.nn.silu(c_BTE)
+        c_BTE = once(jax.nn.silu(c_BTE))
         u_BTHK, c_BTHK = (
             x.reshape(*x.shape[:2], self.config.heads, self.size) for x in (u_BTE, c_BTE)
         )
@@ -194,7 +198,7 @@ class MLSTMMixer(SequenceMixer):
         """LayerNorm of each head, without bias, statistics in float32: [B, T, E]."""
         wide = h_BTHV.astype(jnp.float32)
         wide = wide - jnp.mean(wide, -1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + NORM_EPS)
+        wide = unit_rms(wide, NORM_EPS)
         return (wide.reshape(*wide.shape[:2], -1) * self.norm[...]).astype(h_BTHV.dtype)
 
     def memory_report(self, segment: int = 1024, state: MLSTMState | None = None) -> MemoryReport:

@@ -17,6 +17,7 @@ from memjax.mixers.base import (
     projection_flops,
     state_bytes,
 )
+from memjax.norms import unit_rms
 from memjax.ops import ttt_linear, ttt_mlp
 from memjax.positions import Rotary, apply_position, positions
 from pallas_kernels.blocks import BlockState
@@ -154,7 +155,7 @@ class _Backbone(nnx.Module):
         """W_o (LayerNorm(o) * gelu(W_g x))."""
         o_BTD = o_BTHK.reshape(x_BTD.shape).astype(jnp.float32)
         o_BTD = o_BTD - jnp.mean(o_BTD, -1, keepdims=True)
-        o_BTD = o_BTD * jax.lax.rsqrt(jnp.mean(o_BTD * o_BTD, -1, keepdims=True) + 1e-6)
+        o_BTD = unit_rms(o_BTD, 1e-6)
         o_BTD = o_BTD * self.post_scale[...] + self.post_shift[...]
         return self.out(o_BTD.astype(x_BTD.dtype) * jax.nn.gelu(self.gate(x_BTD)))
 
