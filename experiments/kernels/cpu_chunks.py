@@ -191,6 +191,31 @@ def show(name: str, row: dict[str, Any], least: float) -> str:
     return f"{line}   compile {row['compile_s']:.1f} s"
 
 
+def table(report: dict[str, Any]) -> str:
+    """Markdown: forward and backward by chunk, the fastest in bold, against the token loop."""
+    lines = ["| | " + " | ".join(map(str, CHUNKS)) + " | token loop | times | roof |"]
+    lines.append("|---" * (len(CHUNKS) + 4) + "|")
+    for name, result in report["results"].items():
+        xla = {row["chunk"]: row for row in result["rows"] if row["impl"] == "xla"}
+        loop = next(row for row in result["rows"] if row["impl"] == "reference")
+        best = min(xla.values(), key=lambda row: row["both_ms"])
+        cells = []
+        for chunk in CHUNKS:
+            row = xla.get(chunk)
+            text = "" if row is None else f"{row['forward_ms']:.1f} / {row['both_ms']:.1f}"
+            cells.append(f"**{text}**" if row is best else text)
+        if None in xla:
+            cells[0] = f"{best['forward_ms']:.1f} / {best['both_ms']:.1f}"
+        cells.append(f"{loop['forward_ms']:.1f} / {loop['both_ms']:.1f}")
+        kinds = ("forward", "both")
+        cells.append(" / ".join(f"{loop[f'{k}_ms'] / best[f'{k}_ms']:.1f}" for k in kinds))
+        least = 1e3 * result["flops_forward"] / report["roof_flops_per_s"]
+        shares = (n * least / best[f"{k}_ms"] for n, k in ((1, "forward"), (3, "both")))
+        cells.append(" / ".join(f"{100 * share:.0f} %" for share in shares))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     restart_with_fast_allocator()
     parser = argparse.ArgumentParser(description=__doc__)
@@ -209,9 +234,10 @@ def main() -> None:
         for row in rows:
             print(show(name, row, flops / rate), flush=True)
     print(f"roof {rate / 1e9:.0f} GFLOP/s before, {roof() / 1e9:.0f} after")
+    report = {"roof_flops_per_s": rate, "results": results}
+    print(table(report))
     if settings.json is not None:
-        report = {"roof_flops_per_s": rate, "cores": jax.devices()[0].client.device_count()}
-        settings.json.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
+        settings.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
