@@ -31,7 +31,7 @@ from pallas_kernels.neural_memory import MLP
 from pallas_kernels.ttt import LinearMemory, MLPMemory, Norm
 
 BATCH, TOKENS = 2, 1024
-CHUNKS = (16, 32, 64, 128, 256)
+CHUNKS = (32, 64, 128)
 
 
 class Case(NamedTuple):
