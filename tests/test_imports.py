@@ -8,7 +8,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"shapes", "config", "errors", "platform", "tables", "telemetry", "liveness", "uniform", "norms"},
+    {
+        "shapes",
+        "config",
+        "errors",
+        "platform",
+        "tables",
+        "telemetry",
+        "liveness",
+        "uniform",
+        "norms",
+    },
     {"sharding", "gathering", "ops", "distributed"},
     {"layers", "positions"},
     {"mixers", "memory", "data"},
