@@ -181,6 +181,7 @@ class Watch:
         lost: Callable[[str], None] | None = None,
     ):
         self._client, (self._index, self._count), self._after = client, process, lost_after
+        self._interval = min(1.0, lost_after / 4)
         self._lost = lost or end
         self._report: dict[str, Any] = {}
         self._others: dict[int, dict[str, Any]] = {}
@@ -210,7 +211,8 @@ class Watch:
         """A collective failed: end this process if another proves to be lost; else return."""
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         print(f"memjax: a collective failed ({first[:200]})", file=sys.stderr, flush=True)
-        self._thread.join(self._after + 2)
+        # Silence is noticed up to two beats late, and process 0 waits three more.
+        self._thread.join(self._after + 6 * self._interval)
 
     def finish(self) -> None:
         """Say goodbye: from here on silence is no loss."""
@@ -219,11 +221,13 @@ class Watch:
 
     def _run(self) -> None:
         beat = 0
-        while not self._stop.wait(min(1.0, self._after / 4)):
+        while not self._stop.wait(self._interval):
             beat += 1
             self._beat({"beat": beat, **self._report})
             silent = self._silent()
             if silent:
+                if self.first:  # as it ends JAX ends the others, who then would name process 0
+                    time.sleep(3 * self._interval)
                 self._lost(
                     f"process {', '.join(map(str, silent))} of {self._count} was lost (no sign of "
                     f"life for {self._after:g} s); start all processes again to go on from the "

@@ -104,13 +104,6 @@ def make_mesh(config: Mesh, batch: int, devices: Sequence[jax.Device] | None = N
             f"config.data.batch={batch} must be a multiple of mesh.data * mesh.fsdp "
             f"= {lanes} devices"
         )
-    local, inner = jax.local_device_count(), sizes["tensor"] * sizes["context"]
-    if jax.process_count() > 1 and local % inner:
-        raise ConfigError(
-            f"config.mesh: tensor={sizes['tensor']} times context={sizes['context']} must divide "
-            f"the {local} devices of a process, which reads whole rows; the product may be one of "
-            f"{_list(_divisors(local))}"
-        )
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=here[:count])
 

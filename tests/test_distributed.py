@@ -188,7 +188,7 @@ def test_four_processes_go_on_from_two_and_the_loss_of_any_ends_all(
     run.processes[victim].kill()
     statuses = run.statuses()
     assert statuses.pop(victim) == -signal.SIGKILL
-    assert set(statuses) == {76}, statuses
+    assert set(statuses) == {76}, (statuses, [run.shown(i) for i in range(4)])
     for index in {*range(4)} - {victim}:
         assert f"process {victim} of 4 was lost" in run.shown(index)
 
