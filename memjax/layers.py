@@ -129,8 +129,9 @@ def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     Behind a barrier: XLA finds its fast selection by the slice of a sort, which it otherwise joins
     with slices that follow; on a CPU the largest 32 of 1,024 then take 14 times as long.
     """
-    values, places = jax.lax.optimization_barrier(jax.lax.top_k(x, count))
-    return values, places
+    values, places = jax.lax.top_k(x, count)
+    # One barrier each: where XLA divides programs over devices, it cannot have one for both.
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(places)
 
 
 def l2_normalise(x: Float[Array, "*lead size"], eps: float = 1e-6) -> Float[Array, "*lead size"]:

@@ -24,6 +24,7 @@ from memjax.data import Data
 from memjax.describe import parameter_count
 from memjax.experiment import Experiment
 from memjax.gathering import look_up
+from memjax.layers import top_k
 from memjax.memory import (
     ARMT,
     LM2,
@@ -168,6 +169,15 @@ def test_every_kind_on_every_mesh_gives_the_same_numbers(kind):
 @pytest.mark.slow
 def test_every_shape_gives_the_same_numbers():
     compare(HYBRID, [name for name in MESHES if name not in FIVE])
+
+
+def test_the_largest_scores_are_found_on_a_mesh():
+    """XLA ends the process where the barriers behind a selection do not suit it."""
+    x = jax.random.normal(jax.random.key(0), (8, 4, 16))
+    place = NamedSharding(make_mesh(Mesh(data=8), 8), PartitionSpec(None, None, "data"))
+    got = jax.jit(lambda x: top_k(x, 3))(jax.device_put(x, place))
+    for a, b in zip(got, jax.lax.top_k(x, 3), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # Memories beside mixers; those that take the place of mixers are among the kinds above.
