@@ -114,3 +114,14 @@ def feed(
 def settings_of(group: Warpgroup) -> dict[str, Any]:
     """Of a kernel of three warpgroups."""
     return group.settings | {"num_threads": COMPUTING + 1, "thread_name": "warpgroup"}
+
+
+def barriers_of(group: Warpgroup, *, own: int, streamed: int, stages: int) -> tuple[Any, Any, Any]:
+    """Own tiles loaded, `own` copies for each warpgroup that computes; of each stage, loaded in so
+    many `streamed` copies; and consumed, by all that compute, for `feed` to load it again."""
+    barrier = group.gpu.Barrier
+    return (
+        barrier(num_arrivals=own, num_barriers=COMPUTING),
+        barrier(num_arrivals=streamed, num_barriers=stages),
+        barrier(num_arrivals=COMPUTING, num_barriers=stages),
+    )
