@@ -289,7 +289,8 @@ def test_a_wrong_argument_is_one_line(argv, parts, tmp_path, monkeypatch, capfd)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_worker_whose_sweep_is_gone_ends_without_a_traceback(tmp_path):
+@pytest.mark.parametrize("when", ["at once", "after its point"])
+def test_a_worker_whose_sweep_is_gone_ends_without_a_traceback(tmp_path, when):
     (tmp_path / "logs").mkdir()
     worker = subprocess.Popen(
         [sys.executable, "-m", "memjax.sweeps.worker", str(tmp_path), "--serve"],
@@ -300,6 +301,10 @@ def test_a_worker_whose_sweep_is_gone_ends_without_a_traceback(tmp_path):
     )
     worker.stdout.close()
     worker.stdin.write("no-such-point\n")
+    worker.stdin.flush()
+    log = tmp_path / "logs" / "no-such-point.log"
+    while when != "at once" and worker.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)  # until it has said what is wrong, and answers
     worker.stdin.close()
     worker.stdin = worker.stdout = None
     _, errors = worker.communicate(timeout=120)

@@ -53,7 +53,8 @@ class Termination:
 def run_point(folder: Path, name: str, first: bool = True) -> tuple[str, int, str]:
     """Train a point and evaluate it: its state after, the exit status to go with it, and why.
 
-    first: whether this process writes the status and evaluates. Never raises.
+    first: whether this process writes the status and evaluates. Raises Stopped where a signal comes
+    before the point is under way, else nothing.
     """
     from memjax.sweeps.directory import DONE, FAILED, RUNNING, STOPPED, Directory
     from memjax.sweeps.plan import digest
@@ -153,25 +154,32 @@ def serve(folder: Path, termination: Termination) -> int:
     replies = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     names: queue.Queue[str | None] = queue.Queue()
+    gone = threading.Event()
 
     def read() -> None:
         for line in sys.stdin:
             names.put(line.strip())
         names.put(None)
+        gone.set()
         if termination.busy:  # the sweep is gone: save and end
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=read, daemon=True).start()
     memory = _Memory()
     while (name := names.get()) is not None:
-        termination.busy = True
-        with _output_to(folder / "logs" / f"{name}.log"):
-            state, status, error = run_point(folder, name)
-        memory.tidy()
-        termination.busy = False
+        try:
+            termination.busy = True
+            if gone.is_set():  # after busy, as the reader asks in the other order
+                return 0
+            with _output_to(folder / "logs" / f"{name}.log"):
+                state, status, error = run_point(folder, name)
+            termination.busy = False
+        except Stopped:  # before the point was under way: it is as it was
+            return 0 if gone.is_set() else IDLE
         answer = {"point": name, "state": state, "status": status, "error": error}
         with contextlib.suppress(BrokenPipeError):  # how the point ended is in its folder, too
             os.write(replies, f"{json.dumps(answer)}\n".encode())
+        memory.tidy()
     return 0
 
 
