@@ -9,16 +9,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from memjax.config import check_at_least
-from memjax.layers import Linear, document_ids, normal
+from memjax.layers import Linear, normal
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
     SequenceMixer,
     projection_flops,
     state_bytes,
+    tokens_seen,
 )
-from memjax.mixers.persistent import Prefix, WindowState, attend_window, keep_window
-from memjax.positions import PositionField, Rotary, apply_position, check_head_size, positions
+from memjax.mixers.persistent import Prefix, WindowState, empty_window, read_window
+from memjax.positions import PositionField, Rotary, check_head_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,7 @@ class AllAttentionMixer(SequenceMixer):
         self.out = Linear(wide, d_model, rngs=rngs, axes=("embed", "heads"))
 
     def init_state(self, batch: int) -> WindowState:
-        cache = jnp.zeros((batch, self.reach - 1, self.config.heads, self.size), jnp.float32)
-        valid_BM = jnp.zeros((batch, self.reach - 1), bool)
-        return WindowState(cache, cache, valid_BM, jnp.zeros((batch,), jnp.int32))
+        return empty_window(batch, self.reach, self.config.heads, self.size)
 
     def _prefix(self, dtype: jnp.dtype) -> Prefix:
         def heads(table_MF: jax.Array, scale: float) -> jax.Array:
@@ -93,30 +92,18 @@ class AllAttentionMixer(SequenceMixer):
         x_BTD: Float[Array, "B T D"],
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[WindowState, Float[Array, "B T D"]]:
-        position_BT = positions(state.position_B, reset_BT)
-        plain_BTHK, k_BTHK, v_BTHK = (
+        streams = (
             p(x_BTD).reshape(*x_BTD.shape[:2], -1, self.size)
             for p in (self.query, self.key, self.value)
         )
-        q_BTHK, k_BTHK = (
-            apply_position(self.config.position, a, position_BT) for a in (plain_BTHK, k_BTHK)
+        prefix, position = self._prefix(x_BTD.dtype), self.config.position
+        state, o_BTD = read_window(
+            state, streams, prefix, reset_BT, window=self.reach, position=position
         )
-        k_BJHK = jnp.concatenate([state.k_BMHK.astype(x_BTD.dtype), k_BTHK], 1)
-        v_BJHK = jnp.concatenate([state.v_BMHK.astype(x_BTD.dtype), v_BTHK], 1)
-        id_BT = document_ids(reset_BT)
-        id_BJ = jnp.concatenate([jnp.where(state.valid_BM, 0, -1), id_BT], 1)
-        y_BTD = attend_window(
-            (q_BTHK, plain_BTHK, id_BT),
-            (k_BJHK, v_BJHK, id_BJ),
-            self._prefix(x_BTD.dtype),
-            window=self.reach,
-            slopes_H=self.config.position.slopes(self.config.heads),
-        )
-        return keep_window(k_BJHK, v_BJHK, id_BJ, position_BT, self.reach), self.out(y_BTD)
+        return state, self.out(o_BTD)
 
     def memory_report(self, segment: int = 1024, state: WindowState | None = None) -> MemoryReport:
-        reach = min(self.reach, segment)
-        seen = (reach * (reach + 1) / 2 + (segment - reach) * reach) / segment
+        seen = tokens_seen(self.reach, segment)
         # The tables of the vectors cost what matrices of their shapes do: scores, and sums.
         flops = projection_flops(self) + 4.0 * seen * self.config.heads * self.size
         telemetry = {} if state is None else {"slot_use": state.valid_BM.mean()}

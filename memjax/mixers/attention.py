@@ -16,6 +16,7 @@ from memjax.mixers.base import (
     SequenceMixer,
     projection_flops,
     state_bytes,
+    tokens_seen,
 )
 from memjax.ops import last_token
 from memjax.positions import PositionField, Rotary, apply_position, check_head_size, positions
@@ -188,8 +189,7 @@ class AttentionMixer(SequenceMixer):
     def memory_report(
         self, segment: int = 1024, state: AttentionState | None = None
     ) -> MemoryReport:
-        reach = min(self.reach, segment)
-        seen = (reach * (reach + 1) / 2 + (segment - reach) * reach) / segment
+        seen = tokens_seen(self.reach, segment)
         flops = projection_flops(self) + 4.0 * seen * self.config.heads * self.size
         telemetry = {} if state is None else {"slot_use": state.valid_BM.mean()}
         return MemoryReport(state_bytes(self), flops, 0.0, telemetry)

@@ -100,3 +100,9 @@ def projection_flops(module: nnx.Module) -> float:
     """Two operations a token for each weight of a matrix in `module`."""
     params = nnx.state(module, nnx.Param)
     return 2.0 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+
+
+def tokens_seen(window: int, segment: int) -> float:
+    """Keys in reach of a query, its own counted, the mean over a segment from the start."""
+    reach = min(window, segment)
+    return (reach * (reach + 1) / 2 + (segment - reach) * reach) / segment

@@ -1,64 +1,26 @@
 """DeltaNet: a linear memory that corrects what it holds for a key, and never decays."""
 
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
 
-from memjax import telemetry
-from memjax.config import check_at_least
-from memjax.layers import Linear, check_heads, l2_normalise
-from memjax.mixers.base import (
-    MemoryReport,
-    MixerConfig,
-    SequenceMixer,
-    projection_flops,
-    state_bytes,
-)
-from memjax.mixers.streams import Readout, Stream, split_heads
-from memjax.ops import delta_rule
+from memjax.layers import check_heads
+from memjax.mixers.delta import DeltaConfig, DeltaMixer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeltaNet(MixerConfig):
-    """heads must divide d_model; key_size, value_size: None is d_model / heads.
-
-    conv: width of the short convolutions on queries, keys and values; None for none.
-    negative_eigenvalues: write strength in (0, 2) instead of (0, 1), for state tracking
-        (arXiv:2411.12537).
-    chunk: tokens computed together. Speed only.
-    """
+class DeltaNet(DeltaConfig):
+    """As `DeltaConfig`; key_size, value_size: None is d_model / heads, which must be whole."""
 
     kind: ClassVar[str] = "deltanet"
-    heads: int = 4
-    key_size: int | None = None
-    value_size: int | None = None
-    conv: int | None = 4
-    negative_eigenvalues: bool = False
-    chunk: int = 32
-    impl: Literal["auto", "reference", "xla", "tpu", "gpu"] = "auto"
-
-    def __post_init__(self):
-        check_at_least(self, 1, "heads", "key_size", "value_size", "conv", "chunk")
 
     def check_width(self, d_model: int) -> None:
         if None in (self.key_size, self.value_size):
             check_heads(self, d_model)
 
 
-class DeltaNetState(NamedTuple):
-    """The memory, and the last inputs of the short convolutions of queries, keys and values."""
-
-    memory_BHKV: Float[Array, "B H K V"]
-    query_tail_BMF: Float[Array, "B M F"]
-    key_tail_BMF: Float[Array, "B M F"]
-    value_tail_BMF: Float[Array, "B M Z"]
-
-
-class DeltaNetMixer(SequenceMixer):
+class DeltaNetMixer(DeltaMixer):
     """Replace what the memory holds for k_t by a step of size beta towards v_t.
 
     memory_t = memory_{t-1} + k_t (beta_t (v_t - memory_{t-1}^T k_t))^T
@@ -69,57 +31,9 @@ class DeltaNetMixer(SequenceMixer):
     Source: arXiv:2406.06484, Secs. 2.2 and 3.3.
     """
 
-    splits_tokens = True
-
     def __init__(self, config: DeltaNet, d_model: int, *, rngs: nnx.Rngs):
         config.check_width(d_model)
-        self.config = config
-        heads = config.heads
-        self.key_size = config.key_size or d_model // heads
-        self.value_size = config.value_size or d_model // heads
-        keys, values = heads * self.key_size, heads * self.value_size
-        self.query = Stream(d_model, keys, config.conv, rngs=rngs)
-        self.key = Stream(d_model, keys, config.conv, rngs=rngs)
-        self.value = Stream(d_model, values, config.conv, rngs=rngs)
-        self.beta = Linear(d_model, heads, rngs=rngs, axes=("head", "embed"))
-        self.readout = Readout(d_model, heads, self.value_size, gated=False, rngs=rngs)
-
-    def init_state(self, batch: int) -> DeltaNetState:
-        shape = (batch, self.config.heads, self.key_size, self.value_size)
-        tails = (stream.init_tail(batch) for stream in (self.query, self.key, self.value))
-        return DeltaNetState(jnp.zeros(shape, jnp.float32), *tails)
-
-    def __call__(
-        self,
-        state: DeltaNetState,
-        x_BTD: Float[Array, "B T D"],
-        reset_BT: Bool[Array, "B T"],
-    ) -> tuple[DeltaNetState, Float[Array, "B T D"]]:
-        heads = self.config.heads
-        query_tail_BMF, q_BTF = self.query(state.query_tail_BMF, x_BTD, reset_BT)
-        key_tail_BMF, k_BTF = self.key(state.key_tail_BMF, x_BTD, reset_BT)
-        value_tail_BMF, v_BTF = self.value(state.value_tail_BMF, x_BTD, reset_BT)
-        strength = 2.0 if self.config.negative_eigenvalues else 1.0
-        beta_BTH = strength * jax.nn.sigmoid(self.beta(x_BTD).astype(jnp.float32))
-        telemetry.note_gates(None, beta_BTH)
-        o_BTHV, memory_BHKV = delta_rule(
-            l2_normalise(split_heads(q_BTF, heads)),
-            l2_normalise(split_heads(k_BTF, heads)),
-            split_heads(v_BTF, heads),
-            beta_BTH,
-            None,
-            state.memory_BHKV,
-            reset_BT,
-            chunk=self.config.chunk,
-            impl=self.config.impl,
-        )
-        state = DeltaNetState(memory_BHKV, query_tail_BMF, key_tail_BMF, value_tail_BMF)
-        return state, self.readout(o_BTHV, x_BTD)
-
-    def memory_report(
-        self, segment: int = 1024, state: DeltaNetState | None = None
-    ) -> MemoryReport:
-        recurrence = 6.0 * self.config.heads * self.key_size * self.value_size
-        telemetry = {} if state is None else {"state_norm": jnp.linalg.norm(state.memory_BHKV)}
-        flops = projection_flops(self) + recurrence
-        return MemoryReport(state_bytes(self), flops, recurrence, telemetry)
+        size = d_model // config.heads
+        sizes = config.key_size or size, config.value_size or size
+        super().__init__(config, d_model, *sizes, rngs=rngs)
+        self._make_readout(d_model, gated=False, rngs=rngs)

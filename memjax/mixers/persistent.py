@@ -1,5 +1,6 @@
 """Softmax attention over a window, and over persistent tokens that every query sees."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.layers import Linear, document_ids, normal
+from memjax.mixers.base import tokens_seen
 from memjax.positions import Position, apply_position, positions
 from pallas_kernels.products import accumulation_dtype, dot, rows_dot_rows
 
@@ -118,6 +120,43 @@ def keep_window(k_BJHK, v_BJHK, id_BJ, position_BT, window: int) -> WindowState:
     return WindowState(k_BMHK, v_BMHK, valid_BM, position_BT[:, -1] + 1)
 
 
+def empty_window(batch: int, window: int, heads: int, size: int) -> WindowState:
+    """The state before a document."""
+    cache = jnp.zeros((batch, window - 1, heads, size), jnp.float32)
+    valid_BM = jnp.zeros((batch, window - 1), bool)
+    return WindowState(cache, cache, valid_BM, jnp.zeros((batch,), jnp.int32))
+
+
+def read_window(
+    state: WindowState,
+    streams: Iterable[jax.Array],
+    prefix: Prefix,
+    reset_BT: Bool[Array, "B T"],
+    *,
+    window: int,
+    position: Position,
+) -> tuple[WindowState, Float[Array, "B T D"]]:
+    """The state after a segment, and `attend_window` to it and to what came before.
+
+    streams: queries, keys and values [B, T, H, K], without positions.
+    """
+    position_BT = positions(state.position_B, reset_BT)
+    plain_BTHK, k_BTHK, v_BTHK = streams
+    q_BTHK, k_BTHK = (apply_position(position, a, position_BT) for a in (plain_BTHK, k_BTHK))
+    k_BJHK = jnp.concatenate([state.k_BMHK.astype(k_BTHK.dtype), k_BTHK], 1)
+    v_BJHK = jnp.concatenate([state.v_BMHK.astype(v_BTHK.dtype), v_BTHK], 1)
+    id_BT = document_ids(reset_BT)
+    id_BJ = jnp.concatenate([jnp.where(state.valid_BM, 0, -1), id_BT], 1)
+    o_BTD = attend_window(
+        (q_BTHK, plain_BTHK, id_BT),
+        (k_BJHK, v_BJHK, id_BJ),
+        prefix,
+        window=window,
+        slopes_H=position.slopes(plain_BTHK.shape[2]),
+    )
+    return keep_window(k_BJHK, v_BJHK, id_BJ, position_BT, window), o_BTD
+
+
 class WindowAttention(nnx.Module):
     """o_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j over 0 <= t - j < window, and the prefix.
 
@@ -144,9 +183,7 @@ class WindowAttention(nnx.Module):
         )
 
     def init_state(self, batch: int) -> WindowState:
-        cache = jnp.zeros((batch, self.window - 1, self.heads, self.size), jnp.float32)
-        valid_BM = jnp.zeros((batch, self.window - 1), bool)
-        return WindowState(cache, cache, valid_BM, jnp.zeros((batch,), jnp.int32))
+        return empty_window(batch, self.window, self.heads, self.size)
 
     def split_heads(self, x: jax.Array) -> jax.Array:
         """[..., D] to [..., H, K]."""
@@ -164,28 +201,13 @@ class WindowAttention(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[WindowState, Float[Array, "B T D"]]:
-        position_BT = positions(state.position_B, reset_BT)
-        plain_BTHK, k_BTHK, v_BTHK = (
-            self.split_heads(p(x_BTD)) for p in (self.query, self.key, self.value)
+        streams = (self.split_heads(p(x_BTD)) for p in (self.query, self.key, self.value))
+        prefix = self.prefix(x_BTD.dtype)
+        return read_window(
+            state, streams, prefix, reset_BT, window=self.window, position=self.position
         )
-        q_BTHK, k_BTHK = (
-            apply_position(self.position, a, position_BT) for a in (plain_BTHK, k_BTHK)
-        )
-        k_BJHK = jnp.concatenate([state.k_BMHK.astype(x_BTD.dtype), k_BTHK], 1)
-        v_BJHK = jnp.concatenate([state.v_BMHK.astype(x_BTD.dtype), v_BTHK], 1)
-        id_BT = document_ids(reset_BT)
-        id_BJ = jnp.concatenate([jnp.where(state.valid_BM, 0, -1), id_BT], 1)
-        o_BTD = attend_window(
-            (q_BTHK, plain_BTHK, id_BT),
-            (k_BJHK, v_BJHK, id_BJ),
-            self.prefix(x_BTD.dtype),
-            window=self.window,
-            slopes_H=self.position.slopes(self.heads),
-        )
-        return keep_window(k_BJHK, v_BJHK, id_BJ, position_BT, self.window), o_BTD
 
     def attention_flops(self, segment: int) -> float:
         """Operations a token of scores and sums."""
-        reach = min(self.window, segment)
-        seen = (reach * (reach + 1) / 2 + (segment - reach) * reach) / segment
+        seen = tokens_seen(self.window, segment)
         return 4.0 * (seen + self.persistent.shape[0]) * self.heads * self.size

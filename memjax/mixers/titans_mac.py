@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import cache, partial
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,47 +13,37 @@ from memjax.config import check, check_at_least
 from memjax.layers import Linear, RMSNorm, normal
 from memjax.mixers.base import (
     MemoryReport,
-    MixerConfig,
     SequenceMixer,
     projection_flops,
     state_bytes,
 )
 from memjax.mixers.deep_memory import (
-    DeepMemory,
     DeepMemoryBranch,
     norms,
 )
 from memjax.mixers.persistent import Prefix, attend
-from memjax.positions import PositionField, Rotary, apply_position
+from memjax.mixers.titans import TitansConfig
+from memjax.positions import apply_position
 from pallas_kernels.blocks import BlockState, Body, init_blocks, scan_blocks
 from pallas_kernels.neural_memory import Memory, start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TitansMAC(MixerConfig):
-    """memory: what learns at test time; attention has as many heads.
-
-    segment: tokens that attend to each other, counted from the start of the document; a multiple of
-    memory.update_every. Changes the mathematics. persistent: learned tokens that every query sees.
+class TitansMAC(TitansConfig):
+    """As `TitansConfig`; segment: tokens that attend to each other, counted from the start of the
+    document; a multiple of memory.update_every. Changes the mathematics.
     """
 
     kind: ClassVar[str] = "titans_mac"
-    memory: DeepMemory = DeepMemory()
     segment: int = 128
-    persistent: int = 4
-    position: PositionField = Rotary()
-    impl: Literal["auto", "reference", "xla", "tpu", "gpu"] = "auto"
 
     def __post_init__(self):
+        super().__post_init__()
         check_at_least(self, 1, "segment")
-        check_at_least(self, 0, "persistent")
         every = self.memory.update_every
         near = max(1, round(self.segment / every)) * every
         rule = f"must be a multiple of memory.update_every={every}; try {near}"
         check(self, "segment", self.segment % every == 0, rule)
-
-    def check_width(self, d_model: int) -> None:
-        self.memory.check_width(d_model, self.position)
 
 
 class Carry(NamedTuple):
