@@ -4,6 +4,8 @@ Attention sees a segment's length of tokens, or its segment; what lies further b
 can tell.
 """
 
+import dataclasses
+
 from memjax.memory import (
     ARMT,
     LM2,
@@ -17,8 +19,8 @@ from memjax.memory import (
     RecurrentTokens,
     TransformerXLMemory,
 )
-from memjax.memory.base import MemoryConfig
-from memjax.mixers import Attention, TitansMAC
+from memjax.memory.base import LayerMemory, MemoryConfig
+from memjax.mixers import Attention, BaseConv, TitansMAC
 from memjax.mixers.base import MixerConfig
 from memjax.mixers.deep_memory import DeepMemory
 from memjax.model import Model
@@ -29,6 +31,18 @@ WIDTH, HEADS = 64, 2
 def two_layers(first: MixerConfig, second: MixerConfig, memory: MemoryConfig | None) -> Model:
     mixers = {"first": first, "second": second}
     return Model(d_model=WIDTH, pattern=("first", "second"), repeat=1, mixers=mixers, memory=memory)
+
+
+def with_convolutions(model: Model) -> Model:
+    """A gated short convolution as a layer of its own before either layer.
+
+    So that a value need not find its key, which stands before it, by attention.
+    """
+    memory, mixers = model.memory, {**model.mixers, "conv": BaseConv()}
+    if isinstance(memory, LayerMemory) and memory.at == (1,):
+        memory = dataclasses.replace(memory, at=(3,))
+    pattern = ("conv", "first", "conv", "second")
+    return dataclasses.replace(model, pattern=pattern, mixers=mixers, memory=memory)
 
 
 def make_models(segment: int) -> dict[str, Model]:

@@ -3,7 +3,8 @@
 Short rows of symbols, of which two layers of attention alone see less than half:
 
     needle  one of two keys and its value (of four) in noise; the last symbol asks for the value
-    mqar    three keys and their values, then each key again at some distance, mostly a short one
+    mqar    three keys and their values, then each key again at some distance, mostly a short one;
+            convolutions before the layers, as is usual with this task
     latest  one key that is given three values, then the key again: the last value counts
 
 Scored on fresh rows in which mqar and latest ask at the end, far from the answer. Trains what
@@ -19,14 +20,14 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from models import make_models
+from models import make_models, with_convolutions
 
 from memjax.data import Data, open_data
 from memjax.data.tasks import MQAR, Needle, Task
 from memjax.evals.run import load_run
 from memjax.evals.tasks import evaluate_task
 from memjax.experiment import Experiment
-from memjax.platform import restart_with_fast_allocator
+from memjax.platform import enable_compilation_cache, restart_with_fast_allocator
 from memjax.training.config import Optimizer, Train
 from memjax.training.loop import train
 
@@ -34,7 +35,10 @@ RESULTS = Path(__file__).parent / "recall.json"
 
 
 class Recall(NamedTuple):
-    """train: what is trained on. test: what is scored. chance: of a guess among all values."""
+    """train: what is trained on. test: what is scored. chance: of a guess among all values.
+
+    convolutions: whether layers have one before them, see `with_convolutions`.
+    """
 
     train: Task
     test: Task
@@ -43,26 +47,28 @@ class Recall(NamedTuple):
     batch: int
     steps: int
     chance: float
+    convolutions: bool = False
 
 
-def mqar(pairs: int, writes: int, power: float) -> MQAR:
+def mqar(pairs: int, writes: int, power: float, vocab: int = 8) -> MQAR:
     """power: below 1, questions mostly follow soon; far above, they come at the end."""
-    return MQAR(pairs=pairs, vocab=8, writes=writes, power=power)
+    return MQAR(pairs=pairs, vocab=vocab, writes=writes, power=power)
 
 
 NEEDLE = Needle(keys=2, values=4, noise=2)
 TASKS = {
     "needle": Recall(NEEDLE, NEEDLE, 16, 64, 32, 300, 1 / 4),
-    "mqar": Recall(mqar(3, 1, 0.5), mqar(3, 1, 8.0), 8, 32, 64, 900, 1 / 4),
+    "mqar": Recall(mqar(3, 1, 0.5, 32), mqar(3, 1, 8.0, 32), 8, 32, 64, 600, 1 / 16, True),
     "latest": Recall(mqar(1, 3, 0.5), mqar(1, 3, 8.0), 8, 32, 64, 300, 1 / 4),
 }
 NAMES = list(make_models(16))
 
 
 def recall(name: str, task: Recall, seed: int) -> float:
+    model = make_models(task.segment)[name]
     data = Data(source="task", task=task.train, sequence=task.length, batch=task.batch, seed=seed)
     experiment = Experiment(
-        model=make_models(task.segment)[name],
+        model=with_convolutions(model) if task.convolutions else model,
         data=data,
         optimizer=Optimizer(learning_rate=5e-3, warmup=50, weight_decay=0.0),
         train=Train(steps=task.steps, seed=seed, tensorboard=False, log_every=100),
@@ -100,6 +106,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     restart_with_fast_allocator()  # as the command line does
+    enable_compilation_cache()
     for seed in range(arguments.seeds):
         for task in arguments.tasks:
             for name in arguments.only:
