@@ -78,18 +78,54 @@ def _forward(x: jax.Array, weight: jax.Array, dtype: jnp.dtype, axes: Any):
 
 def _backward(dtype: jnp.dtype, axes: Any, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
     x, weight = residuals
+    return _input_gradient(x, weight, dy), _parameter_gradient(x, weight, dy, axes)
+
+
+def _input_gradient(x: jax.Array, weight: jax.Array, dy: jax.Array) -> jax.Array:
+    return _contract(dy.astype(x.dtype), weight.astype(x.dtype), dy.ndim - 1, 0).astype(x.dtype)
+
+
+def _parameter_gradient(x: jax.Array, weight: jax.Array, dy: jax.Array, axes: Any) -> jax.Array:
     dy = dy.astype(x.dtype)
-    dx = _contract(dy, weight.astype(x.dtype), dy.ndim - 1, 0).astype(x.dtype)
     if sharding.active() is None:
         dw = _local_weight_gradient(x, dy)
     elif axes is None:  # lanes and tokens that are split over devices cannot be made one axis
         dw = _weight_gradient(x, dy)
     else:
         dw = sum_to_parts(_local_weight_gradient, x, dy, axes)
-    return dx, dw.astype(weight.dtype)
+    return dw.astype(weight.dtype)
 
 
 _dot_transposed.defvjp(_forward, _backward)
+
+
+def dot_parted(
+    x: jax.Array, weight: jax.Array, axes: tuple[str, str] | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`dot_transposed`, twice: weight learns from the first result alone, x from the second.
+
+    For what a map makes of inputs that it shall learn from, and they not, or from less of it.
+    """
+    of_weight, of_x = _dot_parted(x, weight, axes)
+    return checkpoint_name(of_weight, PRODUCT), checkpoint_name(of_x, PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot_parted(x: jax.Array, weight: jax.Array, axes: Any) -> tuple[jax.Array, jax.Array]:
+    y = _dot_transposed(x, weight, jnp.dtype(x.dtype), axes)
+    return y, y
+
+
+def _forward_parted(x: jax.Array, weight: jax.Array, axes: Any):
+    return _dot_parted(x, weight, axes), (x, weight)
+
+
+def _backward_parted(axes: Any, residuals: tuple[jax.Array, jax.Array], cotangents: tuple):
+    (x, weight), (of_weight, of_x) = residuals, cotangents
+    return _input_gradient(x, weight, of_x), _parameter_gradient(x, weight, of_weight, axes)
+
+
+_dot_parted.defvjp(_forward_parted, _backward_parted)
 
 
 def _contract(x: jax.Array, y: jax.Array, axis_x: int, axis_y: int) -> jax.Array:

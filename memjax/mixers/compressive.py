@@ -165,14 +165,13 @@ class CompressiveMixer(SequenceMixer):
         parts = (carry.compressed_BMD, carry.memory_BMD, x_NBCD)
         row_NBJD = jnp.concatenate([part.astype(x_NBCD.dtype) for part in parts], -2)
         attention, tokens, keys = self.attention, x_NBCD.shape[-2], row_NBJD.shape[-2]
-        pairs = attention.keys(jax.lax.stop_gradient(row_NBJD))
-        k, v, own_k, own_v = (
-            jnp.swapaxes(a, -2, -3) for a in (*pairs, *attention.frozen_keys(x_NBCD))
-        )
-        q = jnp.swapaxes(attention.split_heads(attention.query(x_NBCD)), -2, -3)
+        pairs, own_pairs = attention.keys(row_NBJD)
+        k, v = (jnp.moveaxis(a, -2, 0) for a in pairs)
+        own_k, own_v = (jnp.moveaxis(a, -2, 0)[..., -tokens:, :] for a in own_pairs)
+        q = jnp.moveaxis(attention.split_heads(attention.query(x_NBCD)), -2, 0)
         causal_CJ = keys - tokens + jnp.arange(tokens)[:, None] >= jnp.arange(keys)
         o = attention(q, k, v, own_k, own_v, causal_CJ[:, -tokens:], causal_CJ)
-        return self.out(jnp.swapaxes(o, -2, -3).reshape(*x_NBCD.shape[:-1], -1))
+        return self.out(jnp.moveaxis(o, 0, -2).reshape(*x_NBCD.shape[:-1], -1))
 
     def error(self, carry: Carry, x_NBCD: jax.Array) -> jax.Array:
         """|A(x_t, old) - A(x_t, f_c(old))| of every token of N segments, with fixed attention."""

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from memjax.config import check
-from memjax.layers import Linear, check_heads, dot_transposed
+from memjax.layers import Linear, check_heads, dot_parted, dot_transposed
 from pallas_kernels.products import columns_dot_columns, dot, rows_dot_rows
 
 
@@ -29,9 +29,9 @@ def _scores_forward(q_CK, k_JK, own_k_JK, own_CJ):
 
 def _scores_backward(residuals, g_CJ):
     q_CK, k_JK, own_CJ = residuals
-    d_own = columns_dot_columns(_own(g_CJ, own_CJ), q_CK).astype(k_JK.dtype)
     d_q = dot(g_CJ, k_JK).astype(q_CK.dtype)
-    return d_q, columns_dot_columns(g_CJ, q_CK).astype(k_JK.dtype), d_own, None
+    d_k, d_own = (_of_keys(g, q_CK, k_JK.dtype) for g in (g_CJ, _own(g_CJ, own_CJ)))
+    return d_q, d_k, d_own, None
 
 
 @jax.custom_vjp
@@ -47,9 +47,14 @@ def _sums_forward(weight_CJ, v_JV, own_v_JV, own_CJ):
 def _sums_backward(residuals, g_CV):
     weight_CJ, v_JV, own_CJ = residuals
     g_CV = g_CV.astype(v_JV.dtype)
-    d_own = columns_dot_columns(_own(weight_CJ, own_CJ), g_CV).astype(v_JV.dtype)
     d_weight = rows_dot_rows(g_CV, v_JV).astype(weight_CJ.dtype)
-    return d_weight, columns_dot_columns(weight_CJ, g_CV).astype(v_JV.dtype), d_own, None
+    d_v, d_own = (_of_keys(w, g_CV, v_JV.dtype) for w in (weight_CJ, _own(weight_CJ, own_CJ)))
+    return d_weight, d_v, d_own, None
+
+
+def _of_keys(x_CJ: jax.Array, y_CK: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """xT y, `[..., J, K]`, as the transpose of yT x, for which the smaller of them is copied."""
+    return jnp.swapaxes(columns_dot_columns(y_CK, x_CJ), -1, -2).astype(dtype)
 
 
 def _own(x_CJ: jax.Array, own_CJ: jax.Array) -> jax.Array:
@@ -69,15 +74,24 @@ def sinusoids(distance_L: jax.Array, size: int) -> jax.Array:
 
 
 def by_distance(scores_CL: jax.Array) -> jax.Array:
-    """From scores by falling distance, J - 1 to 0, to scores by key, `[..., C, J]`, J at least C.
+    """From scores by falling distance, J - 1 to -1, to scores by key, `[..., C, J]`.
 
-    Key j of J is J - C + c - j tokens behind query c. What is asked of keys behind the query is
-    left to the caller to mask. Rows move left by C - 1 - c: a column of zeros in front, and the
-    same numbers read as rows of another length.
+    Key j of J is J - C + c - j tokens behind query c. Row c moves left by C - 1 - c: the same
+    numbers read as rows that are one shorter, from place C - 1 on. What is asked of keys behind the
+    query is left to the caller to mask.
     """
-    *lead, queries, keys = scores_CL.shape
-    wide = jnp.pad(scores_CL, [(0, 0)] * (len(lead) + 1) + [(1, 0)])
-    return wide.reshape(*lead, -1)[..., queries:].reshape(*lead, queries, keys)
+    *lead, queries, distances = scores_CL.shape
+    size = queries * (distances - 1)
+    flat = scores_CL.reshape(*lead, -1)[..., queries - 1 : queries - 1 + size]
+    return flat.reshape(*lead, queries, distances - 1)
+
+
+def to_distance(scores_CJ: jax.Array) -> jax.Array:
+    """The transpose of `by_distance`, `[..., C, J + 1]`."""
+    *lead, queries, keys = scores_CJ.shape
+    widths = [(0, 0)] * len(lead) + [(queries - 1, 1)]
+    flat = jnp.pad(scores_CJ.reshape(*lead, -1), widths)
+    return flat.reshape(*lead, queries, keys + 1)
 
 
 class RelativeAttention(nnx.Module):
@@ -99,13 +113,17 @@ class RelativeAttention(nnx.Module):
         """[..., D] to [..., H, K]."""
         return x.reshape(*x.shape[:-1], self.heads, self.size)
 
-    def keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values, [..., H, K]."""
-        k, v = (self.split_heads(p(x)) for p in (self.key, self.value))
-        return k, v
+    def keys(self, x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Keys and values, [..., H, K], with a gradient to the maps; the same, with one to x."""
+        parted = [
+            dot_parted(x, p.weight[...], p.weight.get_metadata()["axes"])
+            for p in (self.key, self.value)
+        ]
+        of_maps, of_x = zip(*parted)
+        return [self.split_heads(y) for y in of_maps], [self.split_heads(y) for y in of_x]
 
     def frozen_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The same, with no gradient to the maps."""
+        """Keys and values with no gradient to the maps."""
         return self._frozen(self.key, x), self._frozen(self.value, x)
 
     def frozen_queries(self, x: jax.Array) -> jax.Array:
@@ -115,39 +133,81 @@ class RelativeAttention(nnx.Module):
     def _frozen(self, linear: Linear, x: jax.Array) -> jax.Array:
         return self.split_heads(dot_transposed(x, jax.lax.stop_gradient(linear.weight[...])))
 
-    def distances(self, keys: int, dtype: jnp.dtype) -> Float[Array, "H J K"]:
-        """W_R r of the distances keys - 1 to 0."""
-        distance_J = jnp.arange(keys)[::-1]
+    def distances(self, keys: int, dtype: jnp.dtype) -> Float[Array, "H L K"]:
+        """W_R r of the distances keys - 1 to 0, and one more that no query has."""
+        distance_L = jnp.maximum(jnp.arange(keys + 1)[::-1] - 1, 0)
         if self.clamp is not None:
-            distance_J = jnp.minimum(distance_J, self.clamp)
+            distance_L = jnp.minimum(distance_L, self.clamp)
         width = self.distance.weight.shape[1]
-        r_JHK = self.split_heads(self.distance(sinusoids(distance_J, width).astype(dtype)))
-        return jnp.swapaxes(r_JHK, 0, 1)
+        r_LHK = self.split_heads(self.distance(sinusoids(distance_L, width).astype(dtype)))
+        return jnp.swapaxes(r_LHK, 0, 1)
 
     def __call__(self, q_HCK, k_HJK, v_HJK, own_k_HJK, own_v_HJK, own_CJ, seen_CJ) -> jax.Array:
-        """[..., H, C, K], of C queries that are the last of J keys; `own` as in `scores_of`."""
-        keys = k_HJK.shape[-2]
-        biases = (self.content_bias, self.distance_bias)
-        content, place = (self.split_heads(b[...])[:, None].astype(q_HCK.dtype) for b in biases)
-        r_HJK = self.distances(keys, q_HCK.dtype)
-        attend = jax.checkpoint(functools.partial(_attend, self.size**-0.5))
-        return attend(
-            (q_HCK + content, q_HCK + place),
-            r_HJK,
-            (k_HJK, v_HJK),
-            (own_k_HJK, own_v_HJK),
-            own_CJ,
-            seen_CJ,
-        )
+        """[H, ..., C, K], of C queries that are the last of J keys; `own` as in `scores_of`."""
+        r_HLK = self.distances(k_HJK.shape[-2], q_HCK.dtype)
+        lead = (1,) * (q_HCK.ndim - 2)
+
+        def with_bias(bias: nnx.Param) -> jax.Array:
+            bias_HK = self.split_heads(bias[...])
+            return q_HCK + bias_HK.reshape(-1, *lead, self.size).astype(q_HCK.dtype)
+
+        queries = with_bias(self.content_bias), with_bias(self.distance_bias)
+        pairs, own_pairs = (k_HJK, v_HJK), (own_k_HJK, own_v_HJK)
+        return _attend(self.size**-0.5, queries, r_HLK, pairs, own_pairs, own_CJ, seen_CJ)
 
 
-def _attend(scale: float, queries, r_HJK, pairs, own_pairs, own_CJ, seen_CJ) -> jax.Array:
-    (content_HCK, place_HCK), (k_HJK, v_HJK), (own_k, own_v) = queries, pairs, own_pairs
-    scores_HCJ = scores_of(content_HCK, k_HJK, own_k, own_CJ)
-    scores_HCJ += by_distance(rows_dot_rows(place_HCK, jnp.broadcast_to(r_HJK, k_HJK.shape)))
-    scores_HCJ = jnp.where(seen_CJ, scores_HCJ * scale, -jnp.inf)
-    weight_HCJ = jax.nn.softmax(scores_HCJ, -1).astype(v_HJK.dtype)
-    return sums_of(weight_HCJ, v_HJK, own_v, own_CJ).astype(v_HJK.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale: float, queries, r_HLK, pairs, own_pairs, own_CJ, seen_CJ) -> jax.Array:
+    """softmax of scale (content kT + by_distance(place rT)) over the keys seen, times v.
+
+    The backward pass makes the scores again, from the log-sum-exp: a Transformer's largest arrays
+    are kept for no layer.
+    """
+    return _attend_forward(scale, queries, r_HLK, pairs, own_pairs, own_CJ, seen_CJ)[0]
+
+
+def _scores(scale: float, queries, r_HLK, k_HJK, seen_CJ) -> jax.Array:
+    content_HCK, place_HCK = queries
+    scores_HCJ = rows_dot_rows(content_HCK, k_HJK)
+    # Distances are the same in every block: one product a head.
+    by_HFL = rows_dot_rows(_flat(place_HCK), r_HLK)
+    scores_HCJ += by_distance(by_HFL.reshape(*place_HCK.shape[:-1], -1))
+    return jnp.where(seen_CJ, scale * scores_HCJ, -jnp.inf)
+
+
+def _flat(x_HCK: jax.Array) -> jax.Array:
+    return x_HCK.reshape(x_HCK.shape[0], -1, x_HCK.shape[-1])
+
+
+def _attend_forward(scale: float, queries, r_HLK, pairs, own_pairs, own_CJ, seen_CJ):
+    k_HJK, v_HJK = pairs
+    scores_HCJ = _scores(scale, queries, r_HLK, k_HJK, seen_CJ)
+    most_HC1 = jnp.max(scores_HCJ, -1, keepdims=True)
+    weight_HCJ = jnp.exp(scores_HCJ - most_HC1)
+    total_HC1 = jnp.sum(weight_HCJ, -1, keepdims=True)
+    o_HCK = (dot(weight_HCJ.astype(v_HJK.dtype), v_HJK) / total_HC1).astype(v_HJK.dtype)
+    lse_HC1 = most_HC1 + jnp.log(total_HC1)
+    return o_HCK, (queries, r_HLK, pairs, own_CJ, seen_CJ, o_HCK, lse_HC1)
+
+
+def _attend_backward(scale: float, residuals, g_HCK):
+    queries, r_HLK, (k_HJK, v_HJK), own_CJ, seen_CJ, o_HCK, lse_HC1 = residuals
+    content_HCK, place_HCK = queries
+    kind = v_HJK.dtype
+    part_HC1 = jnp.sum(g_HCK * o_HCK, -1, keepdims=True, dtype=lse_HC1.dtype)
+    weight_HCJ = jnp.exp(_scores(scale, queries, r_HLK, k_HJK, seen_CJ) - lse_HC1)
+    d_HCJ = scale * weight_HCJ * (rows_dot_rows(g_HCK, v_HJK) - part_HC1)
+    d_HCJ, weight_HCJ = d_HCJ.astype(kind), weight_HCJ.astype(kind)
+    d_k, d_own_k = (_of_keys(d, content_HCK, kind) for d in (d_HCJ, _own(d_HCJ, own_CJ)))
+    d_v, d_own_v = (_of_keys(w, g_HCK, kind) for w in (weight_HCJ, _own(weight_HCJ, own_CJ)))
+    d_HFL = _flat(to_distance(d_HCJ))
+    d_place = dot(d_HFL, r_HLK).reshape(place_HCK.shape).astype(kind)
+    d_r = _of_keys(d_HFL, _flat(place_HCK), r_HLK.dtype)
+    d_queries = (dot(d_HCJ, k_HJK).astype(kind), d_place)
+    return d_queries, d_r, (d_k, d_v), (d_own_k, d_own_v), None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def check_sinusoids(config: Any, d_model: int) -> None:

@@ -5,7 +5,6 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,7 +14,6 @@ from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
     SequenceMixer,
-    projection_flops,
     state_bytes,
 )
 from memjax.mixers.relative import RelativeAttention, check_sinusoids
@@ -35,7 +33,7 @@ class TransformerXLFields:
     memory: int = 128
     segment: int = 128
     clamp: int | None = None
-    chunk: int = 128
+    chunk: int = 64
 
     def __post_init__(self):
         check_at_least(self, 0, "memory")
@@ -114,14 +112,16 @@ class TransformerXLMixer(SequenceMixer):
         near = own_CJ.shape[-1]
 
         def heads(x_BNCHK: jax.Array) -> jax.Array:
-            return jnp.swapaxes(x_BNCHK, 2, 3)
+            return jnp.moveaxis(x_BNCHK, 3, 0)
 
         attention = self.attention
-        q_BNHCK = heads(blocks.queries(attention.split_heads(attention.query(x_BTD))))
-        k, v = (heads(blocks.keys(a)) for a in attention.keys(jax.lax.stop_gradient(x_BJD)))
-        own_k, own_v = (heads(blocks.keys(a)[:, :, -near:]) for a in attention.frozen_keys(x_BJD))
-        o_BNHCK = attention(q_BNHCK, k, v, own_k, own_v, own_CJ, seen_CJ)
-        y_BTD = self.out(blocks.join(heads(o_BNHCK)).reshape(batch, tokens, -1))
+        q_HBNCK = heads(blocks.queries(attention.split_heads(attention.query(x_BTD))))
+        pairs, own_pairs = attention.keys(x_BJD)
+        k, v = (heads(blocks.keys(a)) for a in pairs)
+        own_k, own_v = (heads(blocks.keys(a)[:, :, -near:]) for a in own_pairs)
+        o_HBNCK = attention(q_HBNCK, k, v, own_k, own_v, own_CJ, seen_CJ)
+        o_BTHK = blocks.join(jnp.moveaxis(o_HBNCK, 0, 3))
+        y_BTD = self.out(o_BTHK.reshape(batch, tokens, -1))
 
         keep_BM = id_BJ[:, tokens:] == id_BJ[:, -1:]
         x_BMD = jnp.where(keep_BM[..., None], x_BJD[:, tokens:], 0).astype(jnp.float32)
@@ -137,17 +137,19 @@ class TransformerXLMixer(SequenceMixer):
         seen_BNCJ = (past_BNCJ & (gap_CJ <= place_BNC1 + self.config.memory)) | (gap_CJ == 0)
         near = min(gap_CJ.shape[1], blocks.size + self.config.segment - 1)
         own_BNCJ = (past_BNCJ & (gap_CJ <= place_BNC1))[..., -near:]
-        return own_BNCJ[:, :, None], seen_BNCJ[:, :, None]
+        return own_BNCJ, seen_BNCJ
 
     def memory_report(
         self, segment: int = 1024, state: TransformerXLState | None = None
     ) -> MemoryReport:
-        token = np.arange(segment)
-        place = token % self.config.segment
-        seen = float(np.mean(place + 1 + np.minimum(self.config.memory, token - place)))
+        blocks = Blocks(segment, self.before, self.config.chunk)
+        queries = blocks.count * blocks.size / segment
+        pairs = queries * (blocks.reach + blocks.size)  # masked ones are multiplied as well
         wide = self.config.heads * self.attention.size
-        again = self.d_model * wide * 2.0  # the map of distances reads none of the tokens
-        flops = projection_flops(self) - again + 6.0 * seen * wide
+        # Queries and outputs are made of the tokens, keys and values of the cache as well, the
+        # distances of neither.
+        maps = 2.0 * self.d_model * wide * (2 + 2 * (self.before + segment) / segment)
+        flops = maps + 6.0 * pairs * wide
         if state is None:
             return MemoryReport(state_bytes(self), flops, 0.0, {})
         held_B = jnp.minimum(state.position_B, self.before)
