@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels import assert_near
 from oracles.diagonal_scan import diagonal_scan as oracle
+from scans import assert_chunks_equal_the_token_loop, outputs_and_gradients, resets
 
 from pallas_kernels import diagonal_scan
 
 BATCH, TOKENS, CHANNELS = 3, 37, 5
-# Inside a chunk of 16, at its border, twice in a row, at the first and at the last token.
-RESETS = [(0, 5), (0, 16), (0, 17), (1, 0), (1, 32), (1, 36)]
 
 
 def draw(tokens=TOKENS, batch=BATCH, dtype=np.float64):
@@ -24,49 +24,14 @@ def draw(tokens=TOKENS, batch=BATCH, dtype=np.float64):
     return {name: array.astype(dtype) for name, array in args.items()}
 
 
-def resets(pairs=RESETS, tokens=TOKENS, batch=BATCH):
-    reset = np.zeros((batch, tokens), bool)
-    for lane, token in pairs:
-        reset[lane, token] = True
-    return reset
-
-
 def expected(args, reset):
     return oracle(args["x"], args["log_decay"], args["initial_state"], reset)
-
-
-def outputs_and_gradients(args, reset=None, **settings):
-    """h, the last state, and every gradient under cotangents on both."""
-    reset = None if reset is None else jnp.asarray(reset)
-
-    @jax.jit
-    def run(args):
-        out, pull = jax.vjp(lambda args: diagonal_scan(**args, reset=reset, **settings), args)
-        rng = np.random.default_rng(1)
-        cotangent = [jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in out]
-        return out, pull(tuple(cotangent))[0]
-
-    return run({name: jnp.asarray(array) for name, array in args.items()})
-
-
-def assert_near(got, want, part):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=part * max(np.abs(b).max(), 1e-6))
 
 
 @pytest.mark.parametrize("packed, chunk", [(True, 16), (False, 7), (True, 1), (True, 64)])
 def test_chunks_equal_the_token_loop_and_its_gradients(packed, chunk):
     args, reset = draw(), resets() if packed else None
-    with jax.enable_x64(True):
-        out, gradients = outputs_and_gradients(args, reset, chunk=chunk, impl="xla")
-        defined, want = outputs_and_gradients(args, reset, impl="reference")
-    assert out[0].dtype == np.float64
-    assert_near(out, expected(args, reset), 1e-9)
-    assert_near(defined, expected(args, reset), 1e-9)
-    assert gradients.keys() == args.keys()
-    for name in args:
-        assert np.abs(want[name]).max() > 1e-3
-        assert_near(gradients[name], want[name], 1e-9)
+    assert_chunks_equal_the_token_loop(diagonal_scan, args, reset, expected(args, reset), chunk)
 
 
 @pytest.mark.parametrize("split", [1, 16, 30])
@@ -112,10 +77,10 @@ def test_4096_tokens_with_decays_near_0_and_1_agree_with_the_definition():
     args["log_decay"][:, :, :4] = levels
     mixed = np.random.default_rng(2).choice(levels, args["log_decay"][:, :, 4].shape)
     args["log_decay"][:, :, 4] = mixed
-    out, gradients = outputs_and_gradients(args)
+    out, gradients = outputs_and_gradients(diagonal_scan, args)
     with jax.enable_x64(True):
         wide = {name: array.astype(np.float64) for name, array in args.items()}
-        want, want_gradients = outputs_and_gradients(wide, impl="reference")
+        want, want_gradients = outputs_and_gradients(diagonal_scan, wide, impl="reference")
     # A decay near 1 is rounded by up to 3e-8 in float32, and acts up to 4,096 times.
     assert_near(out, want, 1e-4)
     for name in args:
@@ -127,7 +92,7 @@ def test_bfloat16_stays_near_float32_with_a_float32_state():
     args = draw(dtype=np.float32)
     half = {name: jnp.asarray(array) for name, array in args.items()}
     half["x"] = half["x"].astype(jnp.bfloat16)
-    (h, state), gradients = outputs_and_gradients(half)
+    (h, state), gradients = outputs_and_gradients(diagonal_scan, half)
     assert h.dtype == gradients["x"].dtype == jnp.bfloat16
     assert state.dtype == gradients["log_decay"].dtype == jnp.float32
     # bfloat16 keeps 8 bits: 0.4% a rounding

@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scans
+from kernels import assert_near
 from oracles import delta_rule as delta_oracle
 from oracles import linear_attention as linear_oracle
+from scans import assert_chunks_equal_the_token_loop, resets
 
 from pallas_kernels import delta_rule, linear_attention
 
 BATCH, TOKENS, HEADS, KEY, VALUE = 3, 37, 2, 5, 3
-OPS = ["linear_attention", "delta_rule"]
+OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule}
 DECAYS = ["none", "head", "channel"]
-# Inside a chunk of 16, at its border, twice in a row, at the first and at the last token.
-RESETS = [(0, 5), (0, 16), (0, 17), (1, 0), (1, 32), (1, 36)]
 
 
 def draw(op, decay, tokens=TOKENS, batch=BATCH, heads=HEADS, dtype=np.float64):
@@ -38,29 +39,12 @@ def draw(op, decay, tokens=TOKENS, batch=BATCH, heads=HEADS, dtype=np.float64):
     return {name: array.astype(dtype) for name, array in args.items()}
 
 
-def resets(pairs=RESETS, tokens=TOKENS, batch=BATCH):
-    reset = np.zeros((batch, tokens), bool)
-    for lane, token in pairs:
-        reset[lane, token] = True
-    return reset
-
-
 def call(op, args, reset=None, **settings):
-    function = {"linear_attention": linear_attention, "delta_rule": delta_rule}[op]
-    return function(**args, reset=None if reset is None else jnp.asarray(reset), **settings)
+    return OPS[op](**args, reset=None if reset is None else jnp.asarray(reset), **settings)
 
 
 def outputs_and_gradients(op, args, reset=None, **settings):
-    """o, the last state, and every gradient under cotangents on both."""
-
-    @jax.jit
-    def run(args):
-        out, pull = jax.vjp(lambda args: call(op, args, reset, **settings), args)
-        rng = np.random.default_rng(1)
-        cotangent = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in out]
-        return out, pull(tuple(cotangent))[0]
-
-    return run({name: jnp.asarray(array) for name, array in args.items()})
+    return scans.outputs_and_gradients(OPS[op], args, reset, **settings)
 
 
 def oracle(op, args, reset):
@@ -76,26 +60,12 @@ def oracle(op, args, reset):
     )
 
 
-def assert_near(got, want, part):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=part * max(np.abs(b).max(), 1e-6))
-
-
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("packed, chunk", [(True, 16), (False, 7)])
 def test_chunks_equal_the_token_loop_and_its_gradients(op, decay, packed, chunk):
     args, reset = draw(op, decay), resets() if packed else None
-    with jax.enable_x64(True):
-        out, gradients = outputs_and_gradients(op, args, reset, chunk=chunk, impl="xla")
-        defined, want = outputs_and_gradients(op, args, reset, impl="reference")
-    assert out[0].dtype == np.float64
-    assert_near(out, oracle(op, args, reset), 1e-9)
-    assert_near(defined, oracle(op, args, reset), 1e-9)
-    assert gradients.keys() == args.keys()
-    for name in args:
-        assert np.abs(want[name]).max() > 1e-3
-        assert_near(gradients[name], want[name], 1e-9)
+    assert_chunks_equal_the_token_loop(OPS[op], args, reset, oracle(op, args, reset), chunk)
 
 
 @pytest.mark.parametrize("op", OPS)
