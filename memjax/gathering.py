@@ -64,10 +64,13 @@ def sum_to_parts(
     dy_BTO: jax.Array,
     axes: tuple[str, ...],
 ) -> jax.Array:
-    """product(x, dy) [O, I], a sum over lanes and tokens, split as a parameter of these axes is."""
+    """product(x, dy) [O, I], a sum over lanes and tokens, split as a parameter of these axes is.
+
+    O may be several axes.
+    """
     mesh = active()
     assert mesh is not None
-    shape = dy_BTO.shape[-1:] + x_BTI.shape[-1:]
+    shape = dy_BTO.shape[x_BTI.ndim - 1 :] + x_BTI.shape[-1:]
     used, stored = (spec_of(mesh, names, shape) for names in (_used(axes), axes))
     fits = x_BTI.ndim == 3 and x_BTI.shape[0] % axis_size(mesh, "lanes") == 0
     if not fits or x_BTI.shape[1] % axis_size(mesh, "tokens"):
@@ -76,8 +79,8 @@ def sum_to_parts(
     def local(x_BTI: jax.Array, dy_BTO: jax.Array) -> jax.Array:
         return _sum_part(product(x_BTI, dy_BTO), stored, used, over)
 
-    given = zip(_used(axes), (dy_BTO, x_BTI))
-    out, into = (spec_of(mesh, ("lanes", "tokens", name), x.shape) for name, x in given)
+    given = (_used(axes)[:-1], dy_BTO), (_used(axes)[-1:], x_BTI)
+    out, into = (spec_of(mesh, ("lanes", "tokens", *names), x.shape) for names, x in given)
     over, places = _axes(into[:2]), (into, out)
     run = jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=stored, check_vma=False)
     return run(x_BTI, dy_BTO)

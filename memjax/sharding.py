@@ -43,6 +43,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "rows": ("tensor",),
     "slots": ("tensor",),
     "layers": (),
+    "pair": (),
     "conv": (),
     "value": (),
     "rank": (),

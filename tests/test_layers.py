@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.layers import ShortConv
+from memjax.layers import Linear, LinearPair, ShortConv
 
 
 def slow_convolution(weight_WF, tail_MF, x_TF, reset_T):
@@ -62,3 +62,31 @@ def test_short_convolution_and_its_gradients_are_those_of_the_definition(width, 
     wanted = sum(g[0] for g in by_lane), [g[1] for g in by_lane], [g[2] for g in by_lane]
     for ours, right in zip(grads, wanted):
         np.testing.assert_allclose(ours, right, atol=2e-5)  # sums of some ten float32 products
+
+
+def test_a_pair_is_two_products_of_one_input_with_their_gradients():
+    generator = np.random.default_rng(0)
+    x_BTI, bias_2O = generator.standard_normal((2, 3, 5)), generator.standard_normal((2, 4))
+    dy_2BTO = generator.standard_normal((2, 2, 3, 4))
+    pair = LinearPair(5, 4, rngs=nnx.Rngs(0), bias=True)
+    pair.bias[...] = jnp.asarray(bias_2O, jnp.float32)
+    definition, params = nnx.split(pair)
+
+    def loss(params, x_BTI):
+        y_2BTO = jnp.stack(nnx.merge(definition, params)(x_BTI))
+        return jnp.sum(y_2BTO * dy_2BTO), y_2BTO
+
+    x = jnp.asarray(x_BTI, jnp.float32)
+    (dparams, dx_BTI), y_2BTO = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    weight_2OI = np.asarray(pair.weight[...], np.float64)
+    for i in range(2):
+        np.testing.assert_allclose(y_2BTO[i], x_BTI @ weight_2OI[i].T + bias_2O[i], atol=1e-5)
+    weight = np.einsum("pbto,bti->poi", dy_2BTO, x_BTI)
+    np.testing.assert_allclose(dparams["weight"][...], weight, atol=1e-5)
+    np.testing.assert_allclose(dparams["bias"][...], dy_2BTO.sum((1, 2)), atol=1e-5)
+    np.testing.assert_allclose(dx_BTI, np.einsum("pbto,poi->bti", dy_2BTO, weight_2OI), atol=1e-5)
+
+
+def test_a_pair_starts_as_one_matrix_of_twice_the_size():
+    pair, whole = LinearPair(5, 4, rngs=nnx.Rngs(3)), Linear(5, 8, rngs=nnx.Rngs(3))
+    np.testing.assert_array_equal(pair.weight[...].reshape(8, 5), whole.weight[...])

@@ -140,9 +140,11 @@ def test_muon_orthogonalises_each_layer_by_itself_and_leaves_the_rest_to_adamw()
         (("embed",), False),
         (("layers", "conv", "hidden"), False),
         (("layers", "heads"), False),
+        (("layers", "pair", "hidden"), False),
+        (("layers", "pair", "hidden", "embed"), True),
     ],
 )
-def test_decay_looks_past_the_axis_of_stacked_layers(axes, decayed):
+def test_decay_looks_past_the_axes_of_stacked_layers_and_of_pairs(axes, decayed):
     assert is_decayed(axes) is decayed
 
 

@@ -98,8 +98,11 @@ def state_bytes(mixer: Any) -> int:
 
 def projection_flops(module: nnx.Module) -> float:
     """Two operations a token for each weight of a matrix in `module`."""
-    params = nnx.state(module, nnx.Param)
-    return 2.0 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+    found = jax.tree.leaves(
+        nnx.state(module, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    axes = ([name for name in param.get_metadata()["axes"] if name != "pair"] for param in found)
+    return 2.0 * sum(math.prod(param.shape) for param, names in zip(found, axes) if len(names) == 2)
 
 
 def tokens_seen(window: int, segment: int) -> float:

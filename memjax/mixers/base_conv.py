@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from memjax.config import check_at_least
-from memjax.layers import Linear, ShortConv, halves
+from memjax.layers import Linear, LinearPair, ShortConv
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -50,8 +50,7 @@ class BaseConvMixer(SequenceMixer):
     def __init__(self, config: BaseConv, d_model: int, *, rngs: nnx.Rngs):
         self.config = config
         self.size = config.expand * d_model
-        axes = ("hidden", "embed")
-        self.into = Linear(d_model, 2 * self.size, rngs=rngs, axes=axes, bias=True)
+        self.into = LinearPair(d_model, self.size, rngs=rngs, bias=True)
         self.conv = ShortConv(self.size, config.conv, rngs=rngs, bias=True)
         self.out = Linear(self.size, d_model, rngs=rngs, axes=("embed", "hidden"), bias=True)
 
@@ -64,7 +63,7 @@ class BaseConvMixer(SequenceMixer):
         x_BTD: Float[Array, "B T D"],
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[BaseConvState, Float[Array, "B T D"]]:
-        u_BTF, gate_BTF = halves(self.into, x_BTD)
+        u_BTF, gate_BTF = self.into(x_BTD)
         tail_BMF, u_BTF = self.conv(state.tail_BMF, u_BTF, reset_BT)
         return BaseConvState(tail_BMF), self.out(jax.nn.silu(u_BTF) * gate_BTF)
 

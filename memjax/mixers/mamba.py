@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from memjax import telemetry
 from memjax.config import check_at_least
-from memjax.layers import Linear, ShortConv, dot_transposed, halves
+from memjax.layers import Linear, LinearPair, ShortConv, dot_transposed
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -72,7 +72,7 @@ class MambaMixer(SequenceMixer):
         self.config = config
         self.channels = channels = config.expand * d_model
         self.rank = rank = config.rank or math.ceil(d_model / CHANNELS_PER_RANK)
-        self.into = Linear(d_model, 2 * channels, rngs=rngs, axes=("hidden", "embed"))
+        self.into = LinearPair(d_model, channels, rngs=rngs)
         self.conv = ShortConv(channels, config.conv, rngs=rngs, bias=True)
         chosen = rank + 2 * config.states
         self.select = Linear(channels, chosen, rngs=rngs, axes=("rank", "hidden"))
@@ -99,7 +99,7 @@ class MambaMixer(SequenceMixer):
         x_BTD: Float[Array, "B T D"],
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[MambaState, Float[Array, "B T D"]]:
-        u_BTE, gate_BTE = halves(self.into, x_BTD)
+        u_BTE, gate_BTE = self.into(x_BTD)
         tail_BME, u_BTE = self.conv(state.tail_BME, u_BTE, reset_BT)
         u_BTE = jax.nn.silu(u_BTE)
         cuts = (self.rank, self.rank + self.config.states)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from memjax import telemetry
 from memjax.config import check, check_at_least
-from memjax.layers import Linear, ShortConv, dot_transposed, halves, normal
+from memjax.layers import Linear, LinearPair, ShortConv, dot_transposed, normal
 from memjax.mixers.base import (
     MemoryReport,
     MixerConfig,
@@ -132,7 +132,7 @@ class MLSTMMixer(SequenceMixer):
         heads, inner = config.heads, config.expand * d_model
         self.size = inner // heads
         std = math.sqrt(2 / (5 * d_model))
-        self.up = Linear(d_model, 2 * inner, rngs=rngs, axes=("heads", "embed"), std=std)
+        self.up = LinearPair(d_model, inner, rngs=rngs, axes=("heads", "embed"), std=std)
         self.conv = ShortConv(inner, config.conv, rngs=rngs, bias=True)
         self.query, self.key, self.value = (
             Blocks(heads, self.size, config.block, std=std, rngs=rngs) for _ in range(3)
@@ -172,7 +172,7 @@ class MLSTMMixer(SequenceMixer):
         x_BTD: Float[Array, "B T D"],
         reset_BT: Bool[Array, "B T"],
     ) -> tuple[MLSTMState, Float[Array, "B T D"]]:
-        u_BTE, z_BTE = halves(self.up, x_BTD)
+        u_BTE, z_BTE = self.up(x_BTD)
         u_BTE = once(u_BTE)
         tail_BMF, c_BTE = self.conv(state.tail_BMF, u_BTE, reset_BT)
         c_BTE = once(jax.nn.silu(c_BTE))

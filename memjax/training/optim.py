@@ -1,8 +1,8 @@
 """Optimizers and learning-rate schedules.
 
 What is decayed, and what Muon orthogonalises, follows from the logical axes of a parameter
-(`memjax.model.logical_axes`) without the leading axis of stacked layers: a norm's weight stacked
-over 12 layers is a vector, not a matrix.
+(`memjax.model.logical_axes`) without the leading axes of stacked layers and of pairs: a norm's
+weight stacked over 12 layers is a vector, not a matrix.
 """
 
 from typing import Any
@@ -92,7 +92,7 @@ def is_decayed(axes: tuple[str, ...]) -> bool:
 
     Nor to large tables ("rows"): it would wear down the rows that no token reads.
     """
-    axes = _without_layers(axes)
+    axes = _of_one(axes)
     return len(axes) >= 2 and not {"conv", "rows"} & set(axes)
 
 
@@ -103,12 +103,13 @@ def is_table(axes: tuple[str, ...]) -> bool:
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
     """Whether Muon updates the parameter: a matrix [out, in] between two hidden spaces."""
-    axes = _without_layers(axes)
+    axes = _of_one(axes)
     return len(axes) == 2 and not {"conv", "vocab", "rows"} & set(axes)
 
 
-def _without_layers(axes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in axes if name != "layers")
+def _of_one(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of one of several parameters that are kept in one array."""
+    return tuple(name for name in axes if name not in ("layers", "pair"))
 
 
 def _over_axes(fn: Any, axes: dict) -> dict:

@@ -240,14 +240,14 @@ def test_parameters_are_gathered_in_their_layer_and_again_behind_it():
     compiled, mesh = compile_step(experiment(model, MESHES["fsdp8"]), VOCAB)
     found = collectives(compiled.as_text(), mesh)
     gathers = [one for one in found if one.kind == "all-gather" and "fsdp" in one.axes]
-    hidden = 2 * model.mlp.width(width)  # of the largest matrix of a layer, the one into the MLP
-    largest = 4 * width * hidden
+    hidden = model.mlp.width(width)  # of the largest matrices of a layer, the pair into the MLP
+    largest = 4 * width * 2 * hidden
     assert max(one.result_bytes for one in gathers) == largest
     into = [one for one in gathers if one.result_bytes == largest]
     assert [one.times for one in into] == [repeat, repeat]  # forward and backward, in the loops
     # Parts of all layers side by side there are, but none of the matrices as they are gathered.
-    assert f"f32[{repeat},{hidden},{width // 8}]" in compiled.as_text()
-    assert f"f32[{repeat},{hidden},{width}]" not in compiled.as_text()
+    assert f"f32[{repeat},2,{hidden},{width // 8}]" in compiled.as_text()
+    assert f"f32[{repeat},2,{hidden},{width}]" not in compiled.as_text()
 
 
 def test_gradients_are_summed_to_the_parts_that_devices_keep():
@@ -267,6 +267,13 @@ def test_gradients_are_summed_to_the_parts_that_devices_keep():
     # A quarter of all parameters by two devices, and of the table, read twice, once more.
     parameters, table = 4 * parameter_count(model, VOCAB), 4 * VOCAB * width
     assert sent < 1.05 * 2 * (parameters + table) / 4 / 2
+
+
+def test_no_device_gathers_a_parameter_that_tensor_splits():
+    """Each holds the same channels of both halves of the MLP."""
+    compiled, mesh = compile_step(experiment(LINEAR, MESHES["tensor4"]), VOCAB)
+    found = collectives(compiled.as_text(), mesh)
+    assert found and not [one for one in found if one.kind in ("all-gather", "all-to-all")]
 
 
 @pytest.mark.parametrize("length", [7, 8])

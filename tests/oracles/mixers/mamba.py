@@ -11,7 +11,7 @@ def mamba(params, config, x_BTD, reset_BT):
     channels, rank = W_dt.shape
     A = -np.exp(params["log_rate"]).reshape(channels, states)
     for lane, x_TD in enumerate(x_BTD):
-        u_TE = x_TD @ params["into"]["weight"][:channels].T
+        u_TE = x_TD @ params["into"]["weight"][0].T
         u_TE = short_conv(u_TE, reset_BT[lane], params["conv"]["weight"])
         u_TE = silu(u_TE + params["conv"]["bias"])
         h = np.zeros((channels, states))
@@ -25,6 +25,6 @@ def mamba(params, config, x_BTD, reset_BT):
             for e in range(channels):
                 h[e] = np.exp(dt[e] * A[e]) * h[e] + dt[e] * B * u[e]
             y = h @ C + params["skip"] * u
-            z = params["into"]["weight"][channels:] @ x_TD[t]
+            z = params["into"]["weight"][1] @ x_TD[t]
             out_BTD[lane, t] = params["out"]["weight"] @ (y * silu(z))
     return out_BTD

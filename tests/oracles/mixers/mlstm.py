@@ -20,8 +20,7 @@ def mlstm(params, config, x_BTD, reset_BT):
     out_BTD = np.zeros_like(x_BTD)
     maps = {name: dense(params[name]["weight"]) for name in ("query", "key", "value")}
     for lane, x_TD in enumerate(x_BTD):
-        up = x_TD @ params["up"]["weight"].T
-        u, z = up[:, :inner], up[:, inner:]
+        u, z = (x_TD @ weight.T for weight in params["up"]["weight"])
         conv = short_conv(u, reset_BT[lane], params["conv"]["weight"]) + params["conv"]["bias"]
         c = silu(conv)
         C, n = np.zeros((H, K, K)), np.zeros((H, K))
