@@ -27,6 +27,7 @@ from memjax.memory import (
     ProductKeys,
     RecurrentTokens,
 )
+from memjax.memory.armt import ARMTLayer, AssociativeState, features, recall
 from memjax.mixers import LSTM, MIXERS, Attention, GatedDeltaNet, Infini, TransformerXL
 from memjax.model import LANE_AXIS, LanguageModel, logical_axes, split
 from memjax.positions import ALiBi
@@ -266,6 +267,37 @@ def test_armt_layers_read_and_write_as_in_the_paper():
         for lane, (A, z) in enumerate(want):
             np.testing.assert_allclose(got.memory_BFD[lane], A, rtol=2e-4, atol=2e-4)
             np.testing.assert_allclose(got.total_BF[lane], z, rtol=2e-4, atol=2e-4)
+
+
+def armt_layer(slots):
+    """A layer, features of a key that all its slots shall have, what they write, and how much."""
+    layer = moved(ARMTLayer(ARMT(slots=slots, memory_size=5), WIDTH, rngs=nnx.Rngs(0)))
+    x_BMD = jnp.repeat(jax.random.normal(jax.random.key(3), (1, 1, WIDTH)), slots, 1)
+    phi_BMF = features(layer.key(x_BMD), layer.order)
+    beta = jax.nn.sigmoid(layer.rate(x_BMD))[0, 0, 0]
+    return layer, x_BMD, phi_BMF[:, :1], layer.value(x_BMD)[:, :1], beta
+
+
+@pytest.mark.parametrize("slots", [2, 6])
+def test_armt_slots_of_one_key_correct_what_it_recalls_once_each(slots):
+    """The key's error is 1 - slots * beta of what it was, where the normaliser has the key once."""
+    layer, x, phi, wanted, beta = armt_layer(slots)
+    state = AssociativeState(phi[0, :, :, None] * jnp.arange(1.0, WIDTH + 1), phi[0])
+    after = layer.write(state, x)
+    error, error_after = (wanted - recall(each, phi) for each in (state, after))
+    assert_close(error_after, (1 - slots * beta) * error)
+
+
+def test_armt_writes_features_that_its_normaliser_never_gets():
+    """Where one feature of a key is there more than the whole key: the others are recalled by
+    queries of them alone at 1 / eps of their size."""
+    layer, x, phi, value, beta = armt_layer(1)
+    most = jnp.argmax(phi[0, 0])
+    total = jnp.zeros_like(phi[0]).at[0, most].set(2 * jnp.sum(phi**2) / phi[0, 0, most])
+    after = layer.write(AssociativeState(jnp.zeros((*total.shape, WIDTH)), total), x)
+    assert_close(after.total_BF, total)
+    others = phi.at[0, 0, most].set(0)
+    assert_close(recall(after, others), beta * jnp.sum(others * phi) / 1e-5 * value)
 
 
 @pytest.mark.parametrize("kind", ["recurrent_tokens", "armt"])
