@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from memjax.config import ConfigError
 from memjax.data import load_tokenizer
-from memjax.describe import describe, flops
+from memjax.describe import describe, model_flops
 from memjax.experiment import Experiment
 from memjax.model import LanguageModel, Model, merge, split
 from memjax.sharding import make_mesh
@@ -105,7 +105,7 @@ def time_training(
             roofs.append(roof())
     memory = compiled.memory_analysis()
     tokens = batch["tokens_BT"].size
-    counted = flops(experiment.model, vocab_size, experiment.data.sequence)["mfu_counts"]
+    counted = model_flops(experiment.model, vocab_size, experiment.data.sequence)["mfu_counts"]
     step, roof_rate = statistics.median(times), statistics.median(roofs)
     return {
         "compile_s": compile_seconds,

@@ -1,20 +1,26 @@
 """What a config costs before anything runs: parameters, state, FLOPs, memory."""
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from memjax.experiment import Experiment
 from memjax.memory import MEMORIES, layer_class, make_layer_part
 from memjax.memory.base import LayerMemory, SegmentMemory
 from memjax.mixers.base import MemoryReport
-from memjax.model import LanguageModel, Model, split
+from memjax.model import LanguageModel, Model, merge, split
+from memjax.operations import count_products
 from memjax.stack import make_mixer
+from pallas_kernels import dispatch
 
 TRAINING_FACTOR = 3.0
-"""A backward pass does twice the products of a forward pass."""
+"""By definition: a backward pass does twice the operations of a forward pass."""
 
 
 def parameter_shapes(config: Model, vocab_size: int) -> dict:
@@ -99,7 +105,61 @@ def memory_reports(config: Model, segment: int) -> list[MemoryReport | None]:
 
 
 def flops(config: Model, vocab_size: int, segment: int) -> dict[str, float]:
-    """Floating-point operations a token; `mfu_counts` is training without the recurrences."""
+    """Operations a token that the program executes in products of matrices, forward and training.
+
+    Counted in the program itself (`memjax.operations`), so that chunks of recurrences, masked
+    blocks of attention, recomputation (`remat`) and written backward passes are in it: of one
+    document from its start, as plain JAX computes it. A multiply-add counts two; what is done
+    element by element, and the optimizer, are not counted. Takes a second or a few of tracing.
+    """
+    forward = _executed(config, vocab_size, segment, lambda loss: loss)
+    return {"forward": forward, "training": training_flops(config, vocab_size, segment)}
+
+
+def training_flops(config: Model, vocab_size: int, segment: int) -> float:
+    """`flops` of training alone."""
+    return _executed(config, vocab_size, segment, jax.value_and_grad)
+
+
+def _executed(
+    config: Model, vocab_size: int, segment: int, program: Callable[[Callable], Callable]
+) -> float:
+    """Operations a token in the products of what `program` makes of a loss of parameters."""
+    config = _in_plain_jax(config)
+    lm = nnx.eval_shape(lambda: LanguageModel(config, vocab_size, rngs=nnx.Rngs(0)))
+    definition, params = split(lm)
+    tokens_BT = jax.ShapeDtypeStruct((1, segment), np.int32)
+
+    def run(reset_BT: jax.Array, params: dict, tokens_BT: jax.Array) -> Any:
+        def loss(params: dict) -> jax.Array:
+            lm = merge(definition, params)
+            reading = lm.read(None, tokens_BT, reset_BT)
+            score = lm.score(reading.hidden_BTD, tokens_BT, jnp.ones(tokens_BT.shape))
+            return score.total + reading.auxiliary
+
+        return program(loss)(params)
+
+    with dispatch.target("cpu"):
+        return count_products(run, np.zeros((1, segment), bool), params, tokens_BT) / segment
+
+
+def _in_plain_jax(config: Model) -> Model:
+    """The model without kernels, whose operations cannot be seen, and with its layers in a loop."""
+    mixers = {
+        name: dataclasses.replace(mixer, impl="auto")  # type: ignore[call-arg]
+        for name, mixer in config.mixers.items()
+        if getattr(mixer, "impl", "auto") in dispatch.PLATFORM
+    }
+    return dataclasses.replace(config, mixers={**config.mixers, **mixers}, layers="scan")
+
+
+def model_flops(config: Model, vocab_size: int, segment: int) -> dict[str, float]:
+    """Operations a token of training by definition, whatever a program makes of it.
+
+    Three times those of a forward pass: two for each weight of a matrix, for scores and sums of
+    attention those of the keys that a token sees, for recurrences those of their token loop.
+    `mfu_counts` leaves out the recurrences.
+    """
     layers, memories = mixer_reports(config, segment), memory_reports(config, segment)
     reports = [report for report in memories if report is not None]
     replaced = isinstance(config.memory, LayerMemory) and config.memory.replaces_mlp
@@ -115,7 +175,6 @@ def flops(config: Model, vocab_size: int, segment: int) -> dict[str, float]:
         inside, recurrence = wider * inside, wider * recurrence
     forward = inside + 2.0 * config.d_model * vocab_size
     return {
-        "forward": forward,
         "training": TRAINING_FACTOR * forward,
         "mfu_counts": TRAINING_FACTOR * (forward - recurrence),
     }
@@ -124,7 +183,9 @@ def flops(config: Model, vocab_size: int, segment: int) -> dict[str, float]:
 def describe(experiment: Experiment, vocab_size: int) -> dict[str, Any]:
     """Parameters by part, state bytes a sequence by layer, FLOPs a token.
 
-    What a device holds in memory is `memjax.footprint`'s to say.
+    `flops_per_token` and `forward_flops_per_token` are what the program executes (`flops`), those
+    of layers are theirs by definition, as in `model_flops_per_token` (`model_flops`). What a device
+    holds in memory is `memjax.footprint`'s to say.
     """
     segment = experiment.data.sequence
     parameters = count_parameters(experiment.model, vocab_size)
@@ -146,5 +207,6 @@ def describe(experiment: Experiment, vocab_size: int) -> dict[str, Any]:
         "state_bytes_per_sequence": state,
         "flops_per_token": operations["training"],
         "forward_flops_per_token": operations["forward"],
+        "model_flops_per_token": model_flops(experiment.model, vocab_size, segment)["training"],
         "tokens_per_step": experiment.data.batch * segment * experiment.train.horizon,
     }

@@ -2,16 +2,14 @@
 
 `footprint` predicts. What is kept between steps (parameters, optimizer, average, carried state) is
 exact, from the shardings of the state. `temporary` is what the step holds besides at its worst
-moment: the step is traced for the rows and tokens of one device, and `memjax.liveness` walks
-through it. Parts of it are `gradients` and `saved_activations`, what the forward pass leaves for
-the backward pass; the rest is the work of one layer, and of the logits of a piece of the tokens.
+moment: the step is traced for its mesh, and `memjax.liveness` walks through it, counting of each
+array the part that a device has (`memjax.spread`). Parts of it are `gradients` and
+`saved_activations`, what the forward pass leaves for the backward pass, in equal parts; the rest is
+the work of one layer, and of the logits of a piece of the tokens.
 
-On a mesh, fsdp adds one layer's parameters and their gradients, whole; tensor is taken to divide
-all activations, which is too little by the residual stream. `memjax describe --mesh=...` compiles
-the step, without running it, and reports what it takes.
+`memjax describe --mesh=...` compiles the step, without running it, and reports what it takes.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -23,8 +21,8 @@ from memjax import liveness
 from memjax.experiment import Experiment
 from memjax.liveness import size_of
 from memjax.model import merge
-from memjax.sharding import Mesh, axis_size, make_mesh
 from memjax.sharding import batch as batch_sharding
+from memjax.spread import split_of
 from memjax.training.step import Trainer, make_trainer, read_batch
 
 
@@ -39,7 +37,7 @@ def footprint(experiment: Experiment, vocab_size: int) -> dict[str, int]:
         "average": bytes_per_device(state.ema),
         "carried_state": bytes_per_device(state.memory),
     }
-    temporary = _temporary(experiment, vocab_size, trainer)
+    temporary = _temporary(experiment, trainer)
     return {
         **kept,
         "temporary": temporary,
@@ -55,29 +53,13 @@ def _copies(experiment: Experiment) -> int:
     return 2 if experiment.train.accumulate > 1 else 1
 
 
-def _temporary(experiment: Experiment, vocab_size: int, trainer: Trainer) -> int:
+def _temporary(experiment: Experiment, trainer: Trainer) -> int:
     """Bytes that the step holds at its worst moment, besides its state."""
-    mesh = trainer.mesh
-    rows = experiment.data.batch // axis_size(mesh, "lanes")
-    tokens = experiment.data.sequence // axis_size(mesh, "tokens")
-    share = dataclasses.replace(
-        experiment,
-        data=dataclasses.replace(experiment.data, batch=rows, sequence=tokens),
-        mesh=Mesh(data=1),
-    )
-    alone = make_trainer(share, vocab_size, make_mesh(share.mesh, rows))
-    program = alone.step.trace(alone.abstract, batch_shapes(share, alone)).jaxpr.jaxpr
-    donated = len(jax.tree.leaves(alone.abstract))
-    most = liveness.peak(program, over=(0, donated))
-    if mesh.devices.size == 1:
-        return most
-    whole, params = bytes_per_device(alone.abstract.params), trainer.abstract.params
-    rest = max(0, most - _copies(experiment) * whole) // axis_size(mesh, "heads")
-    layer = 0
-    if axis_size(mesh, "embed") > 1:
-        stack = bytes_per_device(params["stack"]["patterns"]) // experiment.model.repeat
-        layer = 2 * stack * axis_size(mesh, "embed")
-    return _copies(experiment) * bytes_per_device(params) + rest + layer
+    given = trainer.abstract, batch_shapes(experiment, trainer)
+    program = trainer.step.trace(*given).jaxpr.jaxpr
+    splits = [split_of(leaf) for leaf in jax.tree.leaves(given)]
+    donated = len(jax.tree.leaves(trainer.abstract))
+    return liveness.peak(program, over=(0, donated), splits=splits)
 
 
 def batch_shapes(experiment: Experiment, trainer: Trainer) -> dict[str, jax.ShapeDtypeStruct]:

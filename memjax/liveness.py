@@ -11,6 +11,8 @@ that are held at each operation:
 - A loop holds its carry and what it stacks, and, once, what its body needs.
 - Of a condition whose value is known, as compilers know it (`memjax.uniform`), one branch runs.
 - Where an input dies at an elementwise operation of the same size, the result takes its place.
+- On a mesh an array counts with the part that a device has (`memjax.spread`); to cut it
+  into more parts is fused, and what is gathered is another array.
 """
 
 import math
@@ -22,6 +24,9 @@ import numpy as np
 from jax.extend.core import Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from memjax import spread
+from memjax.programs import called
+from memjax.spread import Split
 from memjax.uniform import Parts, follow, literal
 from pallas_kernels.dispatch import current_target
 
@@ -50,12 +55,13 @@ REDUCTIONS = {
 }  # fmt: skip
 
 
-def size_of(aval: Any) -> int:
-    """Bytes of an array; random keys as the two words that they hold."""
+def size_of(aval: Any, split: Split = ()) -> int:
+    """Bytes of an array, or of a part of it; random keys as the two words that they hold."""
     if not hasattr(aval, "shape"):
         return 0
     key = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
-    return math.prod(aval.shape) * (8 if key else np.dtype(aval.dtype).itemsize)
+    elements = math.prod(aval.shape) // math.prod(split)
+    return elements * (8 if key else np.dtype(aval.dtype).itemsize)
 
 
 class Step(NamedTuple):
@@ -78,11 +84,14 @@ class _Program:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.bytes: list[int] = []
+        self.splits: list[Split] = []
         self.constants: dict[str, list[int]] = {}
         self.known: dict[int, Any] = {}  # of values, as in `memjax.uniform`
 
-    def value(self, aval: Any, known: Any = None) -> int:
-        self.bytes.append(size_of(aval))
+    def value(self, aval: Any, known: Any = None, split: Split | None = None) -> int:
+        split = (1,) * len(getattr(aval, "shape", ())) if split is None else split
+        self.bytes.append(size_of(aval, split))
+        self.splits.append(split)
         if known is not None:
             self.known[len(self.bytes) - 1] = known
         return len(self.bytes) - 1
@@ -99,14 +108,17 @@ class _Program:
                 literal(var) if read < 0 else self.known.get(read)
                 for var, read in zip(eqn.invars, reads)
             ]
-            inner = _inner(eqn) if eqn.primitive.name in INLINED else None
+            splits = [self._split(var, read) for var, read in zip(eqn.invars, reads)]
+            inner = called(eqn) if eqn.primitive.name in INLINED else None
             if eqn.primitive.name == "cond" and known[0] is not None:
                 closed = eqn.params["branches"][int(known[0])]
                 inner = closed.jaxpr, closed.consts
-            if inner is not None:
+            if eqn.primitive.name == "shard_map":
+                made = self._read_parts(eqn, inner, reads, known)
+            elif inner is not None:
                 made = self._read_inner(inner, reads, known)
             else:
-                made = self._add(eqn, reads, known)
+                made = self._add(eqn, reads, known, splits)
             values.update(zip(eqn.outvars, made))
         return [at(var) for var in jaxpr.outvars]
 
@@ -120,7 +132,27 @@ class _Program:
         ]
         return self.read(body, given, [-1] * len(closed))
 
-    def _add(self, eqn: Any, reads: list[int], known: list[Any]) -> list[int]:
+    def _split(self, var: Any, read: int) -> Split:
+        return (1,) * len(getattr(var.aval, "shape", ())) if read < 0 else self.splits[read]
+
+    def _read_parts(self, eqn: Any, inner: Any, reads: list[int], known: list[Any]) -> list[int]:
+        """What is made of the parts of a device: they are arrays within, and parts outside."""
+        taken, made = spread.parts_of(eqn)
+        given = [
+            -1 if read < 0 else self._part(read, inside.aval, _moved(self.splits[read], taken))
+            for read, inside, taken in zip(reads, inner[0].invars, taken)
+        ]
+        outs = self._read_inner(inner, given, known)
+        whole = zip(outs, (var.aval for var in eqn.outvars), made)
+        return [self._part(out, aval, "same", split) for out, aval, split in whole]
+
+    def _part(self, value: int, aval: Any, kind: str, split: Split | None = None) -> int:
+        """The value under the shape that it has within, or outside."""
+        again = self.value(aval, self.known.get(value), split)
+        self.steps.append(Step("part", kind, (value,), (again,)))
+        return again
+
+    def _add(self, eqn: Any, reads: list[int], known: list[Any], splits: list[Split]) -> list[int]:
         """What an operation makes, which is one of the steps."""
         if eqn.primitive.name in MADE_ONCE:
             taken = [str(v) if r < 0 else r for v, r in zip(eqn.invars, reads)]
@@ -129,8 +161,11 @@ class _Program:
                 return self.constants[same]
             self.constants[same] = [len(self.bytes) + i for i in range(len(eqn.outvars))]
         found = [_branch(eqn)] if eqn.primitive.name == "platform_index" else follow(eqn, known)
-        makes = [self.value(var.aval, number) for var, number in zip(eqn.outvars, found)]
-        kind, extra = _kind(eqn, known)
+        after = spread.follow(eqn, splits)
+        makes = [self.value(var.aval, *each) for var, *each in zip(eqn.outvars, found, after)]
+        kind, extra = _kind(eqn, known, splits)
+        if eqn.primitive.name == "sharding_constraint":
+            kind = _moved(splits[0], after[0])
         real = tuple(r for r in reads if r >= 0)
         carried = _carried(eqn, kind)
         self.steps.append(Step(eqn.primitive.name, kind, real, tuple(makes), extra, carried))
@@ -145,29 +180,32 @@ def _branch(eqn: Any) -> int:
     return next((i for i, of in enumerate(given) if of and {*of} & {*names}), default)
 
 
-def _inner(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        found = eqn.params.get(key)
-        if found is not None and not isinstance(found, tuple | list):
-            return (found.jaxpr, found.consts) if hasattr(found, "consts") else (found, ())
-    return None
+def _moved(before: Split, after: Split) -> str:
+    """The kind of a step that splits an array otherwise: it is as it was, cut, or sent."""
+    if before == after:
+        return "same"
+    return "fused" if all(new % old == 0 for old, new in zip(before, after)) else "alone"
 
 
-def _kind(eqn: Any, known: list[Any]) -> tuple[str, int]:
+def _kind(eqn: Any, known: list[Any], splits: list[Split]) -> tuple[str, int]:
     name = eqn.primitive.name
     if name == "scan":
         closed, fixed = eqn.params["jaxpr"], eqn.params["num_consts"]
-        return "alone", _body(closed.jaxpr, fixed, eqn.params["num_carry"], known)
+        splits = spread.of_turn(eqn, splits)
+        return "alone", _body(closed.jaxpr, fixed, eqn.params["num_carry"], known, splits)
     if name == "while":
         closed, first = eqn.params["body_jaxpr"], eqn.params["cond_nconsts"]
         fixed = eqn.params["body_nconsts"]
         carried = len(closed.jaxpr.invars) - fixed
-        return "alone", _body(closed.jaxpr, fixed, carried, known[first:])
+        splits = spread.of_turn(eqn, splits)
+        return "alone", _body(closed.jaxpr, fixed, carried, known[first:], splits)
     if name == "cond":
         taken = len(eqn.invars) - 1
-        return "alone", max(peak(one.jaxpr, over=(0, taken)) for one in eqn.params["branches"])
+        branches = eqn.params["branches"]
+        each = (peak(one.jaxpr, over=(0, taken), splits=splits[1:]) for one in branches)
+        return "alone", max(each)
     if name == "dot_general":
-        return "alone", _rearranged(eqn)
+        return "alone", _rearranged(eqn, splits)
     if name in SAME or (name == "transpose" and _moves_nothing(eqn)):
         return "same", 0
     if name in REDUCTIONS:
@@ -188,23 +226,24 @@ def _moves_nothing(eqn: Any) -> bool:
     return kept == sorted(kept)
 
 
-def _rearranged(eqn: Any) -> int:
+def _rearranged(eqn: Any, splits: list[Split]) -> int:
     """Bytes of the operands of a batched product that lie in another order than it reads them."""
     _, batch = eqn.params["dimension_numbers"]
     total = 0
-    for var, lead in zip(eqn.invars, batch):
+    for var, lead, split in zip(eqn.invars, batch, splits):
         if lead and tuple(lead) != tuple(range(len(lead))):
-            total += size_of(var.aval)
+            total += size_of(var.aval, split)
     return total
 
 
-def _body(jaxpr: Any, fixed: int, carried: int, known: list[Any]) -> int:
+def _body(jaxpr: Any, fixed: int, carried: int, known: list[Any], splits: Sequence[Split]) -> int:
     """Bytes that one turn of a loop needs, besides its carry and what it reads and stacks."""
     stacked = len(jaxpr.outvars) - carried
     sliced = fixed + carried
     alike = [None if isinstance(value, Parts) else value for value in known]
     alike[fixed:sliced] = [None] * carried
-    return peak(jaxpr, stacked=stacked, over=(fixed, sliced), sliced=sliced, known=alike)
+    over = fixed, sliced
+    return peak(jaxpr, stacked=stacked, over=over, sliced=sliced, known=alike, splits=splits)
 
 
 def peak(
@@ -214,6 +253,7 @@ def peak(
     stacked: int = 0,
     sliced: int | None = None,
     known: Sequence[Any] | None = None,
+    splits: Sequence[Split] | None = None,
 ) -> int:
     """Bytes of the arrays that the program holds at its worst moment, without its inputs.
 
@@ -221,11 +261,13 @@ def peak(
     stacked: the last outputs, so many, are written into arrays that the caller holds.
     sliced: inputs from this one on are slices of arrays of the caller.
     known: the one value of all elements of an input, or None.
+    splits: the parts of each axis of an input that devices hold; without them inputs are whole.
     """
     jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     program = _Program()
     numbers = [None] * len(jaxpr.invars) if known is None else known
-    given = [program.value(var.aval, number) for var, number in zip(jaxpr.invars, numbers)]
+    each = [None] * len(jaxpr.invars) if splits is None else splits
+    given = [program.value(v.aval, *pair) for v, *pair in zip(jaxpr.invars, numbers, each)]
     consts = [program.value(var.aval) for var in jaxpr.constvars]
     slices = [] if sliced is None else given[sliced:]
     program.steps += [Step("slice", "fused", (), (value,)) for value in slices]

@@ -9,7 +9,7 @@ import pytest
 
 from memjax.config import build, parse, to_json
 from memjax.data.config import DEFAULT_BPE_SIZE
-from memjax.describe import describe
+from memjax.describe import count_parameters
 from memjax.experiment import Experiment
 from memjax.mixers import MIXERS
 
@@ -36,10 +36,10 @@ def test_config_builds_and_survives_json(spec):
     assert not rest
     assert build(Experiment, json.loads(to_json(experiment))) == experiment
     data = experiment.data
-    cost = describe(experiment, data.vocab_size or VOCABULARIES[data.tokenizer])
-    assert cost["params"] > 0
+    cost = count_parameters(experiment.model, data.vocab_size or VOCABULARIES[data.tokenizer])
+    assert cost["total"] > 0
     size = re.search(SIZE, header(spec.partition(":")[0]))
-    for name, at in (("params", 1), ("non_embedding_params", 3)) if size else ():
+    for name, at in (("total", 1), ("non_embedding", 3)) if size else ():
         scale, places = UNITS[size[at + 1]]
         assert f"{cost[name] / scale:.{places}f}" == size[at]
 

@@ -50,11 +50,11 @@ def test_a_quantity_is_what_describe_counts(config, by):
     ids=["delta-attention", "linear-attention"],
 )
 def test_matched_configs_agree_within_one_per_cent(config, to, by):
-    target = describe(to, VOCABULARY)[KEYS[by]]
+    target = quantity(to, VOCABULARY, by)
     found = match(config, VOCABULARY, target, Match(by=by))
-    told = describe(found.experiment, VOCABULARY)[KEYS[by]]
+    told = quantity(found.experiment, VOCABULARY, by)
     assert told == found.value and abs(told - target) <= 0.01 * target
-    assert found.before == describe(config, VOCABULARY)[KEYS[by]]
+    assert found.before == quantity(config, VOCABULARY, by)
 
 
 def tiny(kind):
@@ -69,13 +69,21 @@ PAIRS = {
 }
 
 
+HEAVY = ("mlstm", "ttt_mlp")  # their operations take seconds to count
+
+
 @pytest.mark.parametrize(
-    ("by", "kind", "other"), [(by, *pair) for by, pairs in PAIRS.items() for pair in pairs.items()]
+    ("by", "kind", "other"),
+    [
+        pytest.param(by, *pair, marks=pytest.mark.slow if pair[0] in HEAVY else ())
+        for by, pairs in PAIRS.items()
+        for pair in pairs.items()
+    ],
 )
 def test_pairs_of_kinds_are_matched_within_one_per_cent(by, kind, other):
-    target = describe(tiny(other), VOCABULARY)[KEYS[by]]
+    target = quantity(tiny(other), VOCABULARY, by)
     found = match(tiny(kind), VOCABULARY, target, Match(by=by))
-    told = describe(found.experiment, VOCABULARY)[KEYS[by]]
+    told = quantity(found.experiment, VOCABULARY, by)
     assert told == found.value and abs(told - target) <= 0.01 * target
 
 
@@ -102,7 +110,9 @@ def test_what_is_solved_for_in_a_model_with_a_memory_are_fields_that_it_uses(kin
         ("transformer_xl", "state", "gated_deltanet", "model.memory.memory"),
         ("armt", "state", "gated_deltanet", "model.memory.memory_size"),
         ("lm2", "params", "mamba", "model.d_model"),
-        ("compressive", "flops", "gla", "model.d_model"),
+        pytest.param(
+            "compressive", "flops", "gla", "model.d_model", marks=pytest.mark.slow
+        ),  # its operations take seconds to count
         ("product_keys", "params", "mamba", "model.memory.keys"),
     ],
 )
@@ -112,9 +122,9 @@ def test_models_with_a_memory_are_matched_within_one_per_cent(kind, by, other, c
         config = dataclasses.replace(tiny("armt"), model=model)
     else:
         config = tiny(kind)
-    target = describe(tiny(other), VOCABULARY)[KEYS[by]]
+    target = quantity(tiny(other), VOCABULARY, by)
     found = match(config, VOCABULARY, target, Match(by=by))
-    told = describe(found.experiment, VOCABULARY)[KEYS[by]]
+    told = quantity(found.experiment, VOCABULARY, by)
     assert told == found.value and abs(told - target) <= 0.01 * target
     assert changed in found.changed
 
@@ -123,7 +133,7 @@ def test_models_with_a_memory_are_matched_within_one_per_cent(kind, by, other, c
 def test_a_table_is_solved_for_and_widths_are_left_alone(memory):
     dense = Experiment(model=Model(pattern=("attention",) * 2, repeat=2))
     with_table = dataclasses.replace(dense.model, memory=memory)
-    target = describe(dense, VOCABULARY)["params"]
+    target = quantity(dense, VOCABULARY, "params")
     found = match(dataclasses.replace(dense, model=with_table), VOCABULARY, target, Match())
     assert "model.memory.keys" in found.changed and "model.d_model" not in found.changed
     assert abs(found.value - target) <= 0.01 * target
@@ -145,7 +155,7 @@ def test_steps_too_coarse_for_one_field_are_met_by_two_and_both_are_told():
 
 
 def test_only_what_was_said_to_change_has_changed():
-    target = describe(ATTENTION, VOCABULARY)["params"]
+    target = quantity(ATTENTION, VOCABULARY, "params")
     found = match(DELTA, VOCABULARY, target, Match(change=("model.d_model", "model.mlp.ratio")))
     data = to_dict(DELTA)
     for path, (old, new) in found.changed.items():
@@ -160,7 +170,7 @@ def test_only_what_was_said_to_change_has_changed():
 
 def test_a_size_left_to_its_default_can_be_solved_for():
     assert DELTA.model.mixers["gated_deltanet"].key_size is None
-    target = 4 * describe(DELTA, VOCABULARY)["state_bytes_per_sequence"]
+    target = 4 * quantity(DELTA, VOCABULARY, "state")
     field = "model.mixers.gated_deltanet.key_size"
     found = match(DELTA, VOCABULARY, target, Match(by="state", change=(field,)))
     assert list(found.changed) == [field] and found.changed[field][0] is None
@@ -175,7 +185,7 @@ def test_a_window_is_solved_for_exactly():
 
 
 def test_equal_configs_stay_as_they_are():
-    target = describe(DELTA, VOCABULARY)["params"]
+    target = quantity(DELTA, VOCABULARY, "params")
     found = match(DELTA, VOCABULARY, target, Match())
     assert found.experiment == DELTA and found.changed == {}
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from memjax.data import Data
-from memjax.describe import flops
+from memjax.describe import training_flops
 from memjax.experiment import Experiment
 from memjax.memory import (
     ARMT,
@@ -95,7 +95,7 @@ class Stepper:
         }
         self.batch, self.step = put_batch(batch, mesh), trainer.step
         self.state = trainer.init()
-        self.flops = flops(config.model, VOCAB, tokens)["training"]
+        self.flops = training_flops(config.model, VOCAB, tokens)
         self.times: list[float] = []
 
     def __call__(self) -> float:

@@ -18,7 +18,7 @@ from jax.experimental import topologies  # noqa: E402  the setting above is read
 
 from memjax.collectives import collectives, compile_step, summary  # noqa: E402
 from memjax.config import build, load_file  # noqa: E402
-from memjax.describe import flops, parameter_count  # noqa: E402
+from memjax.describe import parameter_count, training_flops  # noqa: E402
 from memjax.experiment import Experiment  # noqa: E402
 from memjax.sharding import Mesh  # noqa: E402
 from pallas_kernels import aot, dispatch  # noqa: E402
@@ -66,7 +66,7 @@ def case(target: str, config: str) -> dict[str, Any]:
         "tokens": tokens,
         "accumulate": experiment.train.accumulate,
         "parameters": parameter_count(experiment.model, VOCAB),
-        "flops": flops(experiment.model, VOCAB, experiment.data.sequence)["training"]
+        "flops": training_flops(experiment.model, VOCAB, experiment.data.sequence)
         * tokens
         / made.size,
         "state_bytes": held.argument_size_in_bytes,

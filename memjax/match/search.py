@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from memjax.config import ConfigError
 from memjax.experiment import Experiment
 from memjax.match.fields import candidates, read, with_value
-from memjax.match.settings import UNITS, Match, quantity
+from memjax.match.settings import UNITS, Match, estimate, quantity
 from memjax.match.solve import Tried, off, solve
 
 NEAR, NEARBY = 6, 0.3
@@ -18,6 +18,8 @@ MOST_FINE = 2.0
 """A fine adjustment changes its field by no more than this factor, if there is another way."""
 FACTORS, SHIFTS = (2.0, 0.5, 3.0, 1 / 3, 4.0, 0.25, 8.0), (1, -1, 2, -2)
 """By which fields are changed, if fine adjustments did not help, before another is solved for."""
+ROUNDS = 5
+"""Searches by an estimate, each with what the config found before it really counts."""
 MOST_COUNTS = 2000
 """Configs counted before a search is given up: some 40 seconds."""
 
@@ -37,12 +39,39 @@ class _GivenUp(Exception):
 
 
 def match(experiment: Experiment, vocab_size: int, target: float, settings: Match) -> Matched:
-    """The config with its sizes solved for. Raises ConfigError, one line, if none fits."""
+    """The config with its sizes solved for. Raises ConfigError, one line, if none fits.
+
+    The search is by `estimate`, in units of the quantity at the config found last.
+    """
     count = partial(quantity, vocab_size=vocab_size, by=settings.by)
+    quick = partial(estimate, vocab_size=vocab_size, by=settings.by)
     start = Tried(experiment, count(experiment))
     if off(start.value, target) <= settings.tolerance:
         return Matched(experiment, {}, start.value, start.value, target)
-    fields = list(settings.change or candidates(experiment, settings.by))
+    fields, found = list(settings.change or candidates(experiment, settings.by)), start
+    for _ in range(ROUNDS):
+        measure = partial(_in_units, found.value / quick(found.experiment), quick)
+        guess = _search(experiment, fields, measure, target, settings)
+        found = Tried(guess.experiment, count(guess.experiment))
+        if off(found.value, target) <= settings.tolerance:
+            changed = _changed(experiment, found.experiment, fields)
+            return Matched(found.experiment, changed, start.value, found.value, target)
+    raise ConfigError(_failure(settings, target, start, found, fields, []))
+
+
+def _in_units(unit: float, count: Callable[[Experiment], float], experiment: Experiment) -> float:
+    return unit * count(experiment)
+
+
+def _search(
+    experiment: Experiment,
+    fields: Sequence[str],
+    count: Callable[[Experiment], float],
+    target: float,
+    settings: Match,
+) -> Tried:
+    """The config with its sizes solved for, by what `count` counts."""
+    start = Tried(experiment, count(experiment))
     counts: dict[str, float] = {}
 
     def measure(changed: Experiment) -> float:
@@ -61,17 +90,12 @@ def match(experiment: Experiment, vocab_size: int, target: float, settings: Matc
                 inert.remove(field)
             closest = min([closest, *tried[:1]], key=lambda one: off(one.value, target))
             if tried and gentle and off(tried[0].value, target) <= settings.tolerance:
-                return _matched(start, tried[0], fields, target)
+                return tried[0]
     except _GivenUp:
         inert = []
     if off(closest.value, target) <= settings.tolerance:
-        return _matched(start, closest, fields, target)
+        return closest
     raise ConfigError(_failure(settings, target, start, closest, fields, inert))
-
-
-def _matched(start: Tried, found: Tried, fields: Sequence[str], target: float) -> Matched:
-    changed = _changed(start.experiment, found.experiment, fields)
-    return Matched(found.experiment, changed, start.value, found.value, target)
 
 
 Step = Callable[..., list[Tried]]

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from memjax.config import check
-from memjax.describe import count_parameters, flops, state_bytes
+from memjax.describe import count_parameters, model_flops, state_bytes, training_flops
 from memjax.experiment import Experiment
 
 By = Literal["params", "non_embedding", "state", "flops"]
@@ -50,6 +50,13 @@ def quantity(experiment: Experiment, vocab_size: int, by: By) -> float:
     if by == "state":
         return state_bytes(model, vocab_size)
     if by == "flops":
-        return flops(model, vocab_size, experiment.data.sequence)["training"]
+        return training_flops(model, vocab_size, experiment.data.sequence)
     counts = count_parameters(model, vocab_size)
     return counts["total" if by == "params" else "non_embedding"]
+
+
+def estimate(experiment: Experiment, vocab_size: int, by: By) -> float:
+    """What is quickly counted and nearly in proportion to the quantity: for FLOPs, the model's."""
+    if by == "flops":
+        return model_flops(experiment.model, vocab_size, experiment.data.sequence)["training"]
+    return quantity(experiment, vocab_size, by)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from memjax.config import ConfigError, build, load_file, override, to_dict
 from memjax.data import Data, load_tokenizer
-from memjax.describe import flops, parameter_count, state_bytes
+from memjax.describe import parameter_count, state_bytes, training_flops
 from memjax.experiment import Experiment
 from memjax.match import Match, match, quantity
 from memjax.sweeps.space import CONFIG, Point, file_name
@@ -115,7 +115,7 @@ class Planner:
             self._costs[key] = (
                 parameter_count(model, vocabulary),
                 state_bytes(model, vocabulary),
-                flops(model, vocabulary, segment)["training"],
+                training_flops(model, vocabulary, segment),
             )
         params, state, per_token = self._costs[key]
         train = experiment.train
