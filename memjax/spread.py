@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.core import Literal
-from jax.sharding import PartitionSpec
 
 from memjax.programs import called
 
@@ -86,12 +85,11 @@ def _constrained(eqn: Any, before: Split) -> Split:
     return tuple(before[i] if i in free else after[i] for i in range(ndim))
 
 
-def _of_spec(spec: PartitionSpec, mesh: Any, ndim: int) -> Split:
+def _of_spec(spec: Any, mesh: Any, ndim: int) -> Split:
     def parts(names: Any) -> int:
-        if names is None or names is PartitionSpec.UNCONSTRAINED:
-            return 1
         names = (names,) if isinstance(names, str) else names
-        return math.prod(mesh.shape[name] for name in names)
+        split = isinstance(names, tuple)  # or None, or left to the compiler
+        return math.prod(mesh.shape[name] for name in names) if split else 1
 
     found = [parts(names) for names in spec]
     return tuple(found + [1] * (ndim - len(found)))
