@@ -71,10 +71,14 @@ def _columns_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
     """With a transposed first, by a copy.
 
     Products of XLA on CPU are up to twice as slow where the left operand is read by columns, as its
-    own gradients of products have it. It has none for bfloat16 behind a barrier.
+    own gradients of products have it. It has none for bfloat16 behind a barrier. Where a is much
+    larger than b, as scores are than queries, b is copied, and the result.
     """
     if jnp.bfloat16 in (a.dtype, b.dtype):
         return _columns_plain(a, b)
+    rows, columns, other = a.shape[-2], a.shape[-1], b.shape[-1]
+    if rows * columns > (rows + columns) * other:
+        return jnp.swapaxes(_columns_cpu(b, a), -1, -2)
     a_transposed = lax.optimization_barrier(jnp.swapaxes(a, -1, -2))
     return _product("...kc,...cv->...kv", a_transposed, b)
 

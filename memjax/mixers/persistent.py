@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from memjax.layers import Linear, document_ids, normal
 from memjax.mixers.base import tokens_seen
 from memjax.positions import Position, apply_position, positions
-from pallas_kernels.products import accumulation_dtype, dot, rows_dot_rows
+from pallas_kernels.products import dot, rows_dot_rows
 
 # Not infinity: a row behind the last token sees nothing, and is dropped. Without a prefix its
 # weights would be 0 / 0, and the gradient of every key with them.
@@ -49,17 +49,12 @@ def attend(q_HCK, plain_HCK, k_HJK, v_HJK, prefix: Prefix, seen_CJ, penalty_HCJ=
     if penalty_HCJ is not None:
         scores_HCJ -= penalty_HCJ
     scores_HCJ = jnp.where(seen_CJ, scores_HCJ, UNSEEN)
-    wide = accumulation_dtype(q_HCK)
-    scores_HCP = jnp.einsum(
-        "...hck,hpk->...hcp", plain_HCK, prefix.k_HPK, preferred_element_type=wide
-    )
-    scores = jnp.concatenate([scores_HCJ, scores_HCP * size**-0.5], -1)
-    weights = jax.nn.softmax(scores, -1).astype(v_HJK.dtype)
-    split = k_HJK.shape[-2]
-    o_HCK = dot(weights[..., :split], v_HJK)
-    o_HCK += jnp.einsum(
-        "...hcp,hpk->...hck", weights[..., split:], prefix.v_HPK, preferred_element_type=wide
-    )
+    # Spread to the lanes and blocks of the keys: XLA on CPU would turn all scores round instead, to
+    # make of the prefix one product a head.
+    k_HPK, v_HPK = (jnp.broadcast_to(a, (*k_HJK.shape[:-3], *a.shape)) for a in prefix)
+    scores_HCP = rows_dot_rows(plain_HCK, k_HPK) * size**-0.5
+    weights = jax.nn.softmax(jnp.concatenate([scores_HCJ, scores_HCP], -1), -1).astype(v_HJK.dtype)
+    o_HCK = dot(weights, jnp.concatenate([v_HJK, v_HPK], -2))
     return o_HCK.astype(q_HCK.dtype)
 
 
