@@ -10,12 +10,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax import telemetry
+from memjax import sharding, telemetry
 from memjax.config import check, check_at_least
 from memjax.layers import Linear, RMSNorm, normal, top_k
 from memjax.memory.base import LayerMemory, LayerModule
 from memjax.memory.tables import sum_rows
 from memjax.mixers.base import MemoryReport, projection_flops
+from pallas_kernels.products import accumulation_dtype, rows_dot_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,32 +76,41 @@ class KeySearch(nnx.Module):
         shape = (*x_BTD.shape[:2], self.heads, 2, -1)
         q_BTHPK = self.query_norm(self.query(x_BTD).reshape(shape))
         keys_HPNK = self.keys[...] if self.key_norm is None else self.key_norm(self.keys[...])
-        scores_BTHPN = self.scale * jnp.einsum(
-            "bthpk,hpnk->bthpn",
-            q_BTHPK,
-            keys_HPNK.astype(x_BTD.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        best_BTHPK, place_BTHPK = top_k(scores_BTHPN, self.top_k)
+        # Tokens behind heads, as the product leaves them: scores are too many to be turned round.
+        q_HPBTK = jnp.transpose(q_BTHPK, (2, 3, 0, 1, 4))
+        scores_HPBTN = self.scale * _scores(q_HPBTK, keys_HPNK.astype(x_BTD.dtype))
+        best_HPBTK, place_HPBTK = top_k(scores_HPBTN, self.top_k)
         one, two = pairs(self.top_k)
-        sums = best_BTHPK[..., 0, one] + best_BTHPK[..., 1, two]
-        top_BTHK, pair_BTHK = top_k(sums, self.top_k)
+        sums_HBTS = best_HPBTK[:, 0][..., one] + best_HPBTK[:, 1][..., two]
+        top_HBTK, pair_HBTK = top_k(sums_HBTS, self.top_k)
         first, second = (
-            jnp.take_along_axis(place_BTHPK[..., half, :], jnp.asarray(of)[pair_BTHK], -1)
+            jnp.take_along_axis(place_HPBTK[:, half], jnp.asarray(of)[pair_HBTK], -1)
             for half, of in enumerate((one, two))
         )
-        weight_BTHK = jax.nn.softmax(top_BTHK, -1)
-        flat = (*x_BTD.shape[:2], -1)
-        row_BTJ = (first * self.keys_of_half + second).reshape(flat)
+
+        def flat(x_HBTK: jax.Array) -> jax.Array:
+            return jnp.moveaxis(x_HBTK, 0, 2).reshape(*x_BTD.shape[:2], -1)
+
+        weight_HBTK = jax.nn.softmax(top_HBTK, -1)
+        row_BTJ = flat(first * self.keys_of_half + second)
         if telemetry.heard():
             rows_N = jnp.zeros(self.keys_of_half**2).at[row_BTJ.reshape(-1)].set(1.0)
             telemetry.note("slot_use", rows_N)
-            telemetry.note("largest_weight", weight_BTHK[..., 0])
-        return row_BTJ, weight_BTHK.reshape(flat)
+            telemetry.note("largest_weight", jnp.moveaxis(weight_HBTK[..., 0], 0, 2))
+        return row_BTJ, flat(weight_HBTK)
 
     def flops(self) -> float:
         """Operations a token of queries and scores; sorting is not counted."""
         return projection_flops(self) + 2.0 * math.prod(self.keys.shape)
+
+
+def _scores(q_HPBTK: jax.Array, keys_HPNK: jax.Array) -> jax.Array:
+    """Products of all queries and the keys of their halves, `[H, P, B, T, N]`, float32."""
+    if sharding.active() is not None:  # lanes and tokens that are split cannot be made one axis
+        wide = accumulation_dtype(q_HPBTK)
+        return jnp.einsum("hpbtk,hpnk->hpbtn", q_HPBTK, keys_HPNK, preferred_element_type=wide)
+    q_HPFK = q_HPBTK.reshape(*q_HPBTK.shape[:2], -1, q_HPBTK.shape[-1])
+    return rows_dot_rows(q_HPFK, keys_HPNK).reshape(*q_HPBTK.shape[:-1], -1)
 
 
 def pairs(count: int) -> tuple[np.ndarray, np.ndarray]:
