@@ -20,8 +20,8 @@ FACTORS, SHIFTS = (2.0, 0.5, 3.0, 1 / 3, 4.0, 0.25, 8.0), (1, -1, 2, -2)
 """By which fields are changed, if fine adjustments did not help, before another is solved for."""
 ROUNDS = 5
 """Searches by an estimate, each with what the config found before it really counts."""
-MOST_COUNTS = 2000
-"""Configs counted before a search is given up: some 40 seconds."""
+MOST_COUNTS, MOST_EXACT = 2000, 40
+"""Configs counted before a search is given up, some 40 seconds by an estimate and minutes else."""
 
 
 class Matched(NamedTuple):
@@ -41,22 +41,27 @@ class _GivenUp(Exception):
 def match(experiment: Experiment, vocab_size: int, target: float, settings: Match) -> Matched:
     """The config with its sizes solved for. Raises ConfigError, one line, if none fits.
 
-    The search is by `estimate`, in units of the quantity at the config found last.
+    The search is by `estimate`, in units of the quantity at the config found last; where that comes
+    near and no nearer, because the fields change how the two are related, by the quantity itself.
     """
     count = partial(quantity, vocab_size=vocab_size, by=settings.by)
     quick = partial(estimate, vocab_size=vocab_size, by=settings.by)
     start = Tried(experiment, count(experiment))
     if off(start.value, target) <= settings.tolerance:
         return Matched(experiment, {}, start.value, start.value, target)
-    fields, found = list(settings.change or candidates(experiment, settings.by)), start
+    fields = list(settings.change or candidates(experiment, settings.by))
+    found = closest = start
     for _ in range(ROUNDS):
         measure = partial(_in_units, found.value / quick(found.experiment), quick)
         guess = _search(experiment, fields, measure, target, settings)
         found = Tried(guess.experiment, count(guess.experiment))
-        if off(found.value, target) <= settings.tolerance:
-            changed = _changed(experiment, found.experiment, fields)
-            return Matched(found.experiment, changed, start.value, found.value, target)
-    raise ConfigError(_failure(settings, target, start, found, fields, []))
+        closest = min(closest, found, key=lambda one: off(one.value, target))
+        if off(closest.value, target) <= settings.tolerance:
+            break
+    else:
+        closest = _search(closest.experiment, fields, count, target, settings, most=MOST_EXACT)
+    changed = _changed(experiment, closest.experiment, fields)
+    return Matched(closest.experiment, changed, start.value, closest.value, target)
 
 
 def _in_units(unit: float, count: Callable[[Experiment], float], experiment: Experiment) -> float:
@@ -69,6 +74,7 @@ def _search(
     count: Callable[[Experiment], float],
     target: float,
     settings: Match,
+    most: int = MOST_COUNTS,
 ) -> Tried:
     """The config with its sizes solved for, by what `count` counts."""
     start = Tried(experiment, count(experiment))
@@ -77,7 +83,7 @@ def _search(
     def measure(changed: Experiment) -> float:
         key = repr(changed.model)
         if key not in counts:
-            if len(counts) >= MOST_COUNTS:
+            if len(counts) >= most:
                 raise _GivenUp
             counts[key] = count(changed)
         return counts[key]

@@ -288,5 +288,5 @@ def _logits(config: Landmark, scores_BH: jax.Array, gap: np.ndarray) -> jax.Arra
     slopes_H = config.position.slopes(config.heads)
     if slopes_H is None:
         return scores_BH
-    slopes_H = jnp.asarray(slopes_H, jnp.float32).reshape(-1, *(1,) * (scores_BH.ndim - 2))
-    return scores_BH - slopes_H * gap
+    slopes = jnp.asarray(slopes_H, jnp.float32).reshape(-1, *(1,) * (scores_BH.ndim - 2))
+    return scores_BH - slopes * gap
