@@ -187,9 +187,14 @@ def _block_products(a: jax.Array, b: jax.Array, decay: ChunkDecay) -> jax.Array:
     coarse, fine, document = decay
     count, length = a.shape[-3:-1]
     if length <= PAIRWISE_TOKENS:
-        visible = _earlier_of_document(length, document)[..., None]
-        weight = jnp.exp(jnp.where(visible, _pairs(coarse) + _pairs(fine), -jnp.inf))
-        return jnp.sum(a[..., :, None, :] * b[..., None, :, :] * weight, axis=-1)
+        visible, columns = _earlier_of_document(length, document), []
+        for j in (slice(j, j + 1) for j in range(length)):
+            gap = (coarse - coarse[..., j, :]) + (fine - fine[..., j, :])
+            weight = jnp.exp(jnp.where(visible[..., j], gap, -jnp.inf))
+            # One column at a time: without AVX-512, XLA on CPU ends the process in a sum of
+            # products of arrays of 7 axes.
+            columns.append(jnp.sum(a * b[..., j, :] * weight, axis=-1, keepdims=True))
+        return jnp.concatenate(columns, axis=-1)
     half = length // 2
     a0, b0, coarse0, fine0 = (
         x.reshape(*x.shape[:-3], 2 * count, half, x.shape[-1]) for x in (a, b, coarse, fine)
@@ -217,7 +222,3 @@ def _from_border(sums_CK: jax.Array) -> jax.Array:
     border = sums_CK[..., half - 1 : half, :]
     early, late = border - sums_CK[..., :half, :], sums_CK[..., half:, :] - border
     return jnp.concatenate([early, late], axis=-2)
-
-
-def _pairs(sums_CK: jax.Array) -> jax.Array:
-    return sums_CK[..., :, None, :] - sums_CK[..., None, :, :]
