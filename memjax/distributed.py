@@ -3,8 +3,8 @@
 Each process runs the same command; `connect` finds the others, before JAX is used. From then on a
 `Watch` tells the others each second how far this process is, and ends this process, with one line
 and status 76, when another has been silent for too long. If the first process is gone, JAX itself
-aborts the others at once; `explain_abort` turns that into the same line and status. A launcher
-restarts all processes on it.
+aborts the others at once, and after several times that silence it aborts all; `explain_abort` turns
+that into the same line and status. A launcher restarts all processes on it.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from memjax.errors import LOST
 
 PREFIX = "memjax/beat/"
 PATIENCE = 24 * 3600  # seconds to wait for processes that are alive
-GRACE = 2  # JAX's own heartbeat waits so many times longer: it ends a process with a stack trace
+GRACE = 4  # JAX's own heartbeat waits so many times longer: it ends a process with a stack trace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,9 +134,7 @@ def connect(processes: Processes) -> "Watch | None":
         processes.lost_after,
     )
     watch.start()
-    if jax.process_index() > 0:
-        address = distributed.global_state.coordinator_address or ""
-        explain_abort(address, jax.process_count())
+    explain_abort(distributed.global_state.coordinator_address or "", watch)
     return watch
 
 
@@ -195,6 +193,11 @@ class Watch:
         """Whether this is process 0, which writes for all."""
         return self._index == 0
 
+    @property
+    def count(self) -> int:
+        """How many processes the run has."""
+        return self._count
+
     def start(self) -> None:
         """Begin to say and to hear."""
         self._thread.start()
@@ -214,6 +217,16 @@ class Watch:
         # Silence is noticed up to two beats late, and process 0 waits three more.
         self._thread.join(self._after + 6 * self._interval)
 
+    def loss(self) -> str | None:
+        """A line that names the processes that have been silent for too long; None if none has."""
+        silent = self._silent()
+        return (
+            f"process {', '.join(map(str, silent))} of {self._count} was lost (no sign of life for "
+            f"{self._after:g} s); start all processes again to go on from the last checkpoint"
+            if silent
+            else None
+        )
+
     def finish(self) -> None:
         """Say goodbye: from here on silence is no loss."""
         self._stop.set()
@@ -224,15 +237,11 @@ class Watch:
         while not self._stop.wait(self._interval):
             beat += 1
             self._beat({"beat": beat, **self._report})
-            silent = self._silent()
-            if silent:
+            line = self.loss()
+            if line is not None:
                 if self.first:  # as it ends JAX ends the others, who then would name process 0
                     time.sleep(3 * self._interval)
-                self._lost(
-                    f"process {', '.join(map(str, silent))} of {self._count} was lost (no sign of "
-                    f"life for {self._after:g} s); start all processes again to go on from the "
-                    "last checkpoint"
-                )
+                self._lost(line)
                 return
         self._beat({"beat": "done"})
 
@@ -285,19 +294,23 @@ def end(line: str) -> None:
     os._exit(LOST)
 
 
-def explain_abort(coordinator: str, count: int) -> None:
-    """If JAX aborts this process because process 0 is gone, end it as `Watch` would have.
+def explain_abort(coordinator: str, watch: Watch) -> None:
+    """If JAX aborts this process because another is lost, end it as `Watch` would have.
 
-    JAX's client takes no other callback from Python, and its thread aborts as soon as the
-    connection breaks. Any other abort stays what it is.
+    JAX's client takes no other callback from Python. Its thread aborts as soon as the connection to
+    process 0 breaks, or when JAX's own heartbeats stop, which it may notice first on a machine that
+    was held up. Any other abort stays what it is.
     """
 
     def aborted(_: int) -> None:
-        if not answers(coordinator):
-            end(
-                f"process 0 of {count} was lost ({coordinator} does not answer); start all "
+        line = watch.loss()
+        if not watch.first and not answers(coordinator):
+            line = (
+                f"process 0 of {watch.count} was lost ({coordinator} does not answer); start all "
                 "processes again to go on from the last checkpoint"
             )
+        if line is not None:
+            end(line)
 
     handler = _Handler(aborted)
     _HANDLERS.append(handler)  # C holds no reference

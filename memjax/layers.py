@@ -27,12 +27,10 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = 0.02) -> jax.Arr
     return std * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
-class Linear(nnx.Module):
-    """y = W x (+ b), with W stored [out, in], which is 1.3 times as fast to train on a CPU.
+class _Product(nnx.Module):
+    """W x (+ b), W stored [*pair, out, in]. What `Linear` and `LinearPair` share."""
 
-    Parameters are float32; products run in the type of x and accumulate in float32.
-    `axes` names the logical axes of W, from which `memjax.sharding` derives its placement.
-    """
+    pair: ClassVar[tuple[int, ...]]
 
     def __init__(
         self,
@@ -44,12 +42,40 @@ class Linear(nnx.Module):
         bias: bool = False,
         std: float = 0.02,
     ):
-        self.weight = nnx.Param(normal(rngs, (size_out, size_in), std), axes=axes, summed=True)
-        self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32), axes=axes[:1]) if bias else None
+        names, shape = ("pair", *axes)[1 - len(self.pair) :], (*self.pair, size_out)
+        self.weight = nnx.Param(normal(rngs, (*shape, size_in), std), axes=names, summed=True)
+        self.bias = nnx.Param(jnp.zeros(shape, jnp.float32), axes=names[:-1]) if bias else None
 
-    def __call__(self, x: Float[Array, "*lead size_in"]) -> Float[Array, "*lead size_out"]:
+    def _times(self, x: jax.Array) -> jax.Array:
         y = dot_transposed(x, self.weight[...], axes=self.weight.get_metadata()["axes"])
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Linear(_Product):
+    """y = W x (+ b), with W stored [out, in], which is 1.3 times as fast to train on a CPU.
+
+    Parameters are float32; products run in the type of x and accumulate in float32.
+    `axes` names the logical axes of W, from which `memjax.sharding` derives its placement.
+    """
+
+    pair = ()
+
+    def __call__(self, x: Float[Array, "*lead size_in"]) -> Float[Array, "*lead size_out"]:
+        return self._times(x)
+
+
+class LinearPair(_Product):
+    """(y, z) = (W_0 x, W_1 x) (+ b), in one product; W is stored [2, out, in].
+
+    Where hidden channels are split over devices, each has the same channels of both.
+    `axes` names the logical axes of W_0 and of W_1.
+    """
+
+    pair = (2,)
+
+    def __call__(self, x: Float[Array, "*lead size_in"]) -> list[jax.Array]:
+        y = self._times(x)
+        return [y[..., i, :] for i in range(2)]
 
 
 def dot_transposed(
@@ -214,35 +240,6 @@ GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swiglu": jax.nn.silu,
     "geglu": functools.partial(jax.nn.gelu, approximate=True),
 }
-
-
-class LinearPair(nnx.Module):
-    """(y, z) = (W_0 x, W_1 x) (+ b), in one product; W is stored [2, out, in].
-
-    Where hidden channels are split over devices, each has the same channels of both.
-    `axes` names the logical axes of W_0 and of W_1; values are drawn as those of `Linear`.
-    """
-
-    def __init__(
-        self,
-        size_in: int,
-        size_out: int,
-        *,
-        rngs: nnx.Rngs,
-        axes: tuple[str, str] = ("hidden", "embed"),
-        bias: bool = False,
-        std: float = 0.02,
-    ):
-        weight = normal(rngs, (2, size_out, size_in), std)
-        self.weight = nnx.Param(weight, axes=("pair", *axes), summed=True)
-        bias_2F = jnp.zeros((2, size_out), jnp.float32)
-        self.bias = nnx.Param(bias_2F, axes=("pair", axes[0])) if bias else None
-
-    def __call__(self, x: Float[Array, "*lead size_in"]) -> list[jax.Array]:
-        y = dot_transposed(x, self.weight[...], axes=self.weight.get_metadata()["axes"])
-        if self.bias is not None:
-            y += self.bias[...].astype(y.dtype)
-        return [y[..., i, :] for i in range(2)]
 
 
 class MLP(nnx.Module):

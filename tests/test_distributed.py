@@ -234,6 +234,25 @@ def test_an_abort_is_explained_if_process_0_is_gone(cause, status, environment):
     assert (f"process 0 of 2 was lost ({where} does not answer)" in shown) == (status == 76)
 
 
+SILENT = """
+import os, sys, time
+from memjax.distributed import Watch, explain_abort
+watch = Watch(None, (0, 3), 60)  # not started: only the abort can end this process
+watch._heard[2] = ("", time.monotonic() - float(sys.argv[1]))
+explain_abort("", watch)
+os.abort()
+"""
+
+
+@pytest.mark.parametrize(("silent", "status"), [(61, 76), (59, -signal.SIGABRT)])
+def test_an_abort_is_explained_if_another_has_been_silent(silent, status, environment):
+    """JAX's heartbeats may notice a loss before ours do, on a machine that was held up."""
+    command = [sys.executable, "-c", SILENT, str(silent)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == status, ended.stderr
+    assert ("process 2 of 3 was lost (no sign of life" in ended.stderr) == (status == 76)
+
+
 class Store:
     """The key-value store of JAX's coordinator, as far as `Watch` uses it."""
 
