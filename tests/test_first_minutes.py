@@ -98,6 +98,8 @@ import signal, sys, time
 from memjax import cli
 from memjax.commands.base import Command
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+
 class Dying:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)  # Python ignores what a finaliser raises

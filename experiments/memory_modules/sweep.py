@@ -2,7 +2,7 @@
 
 Command:   memjax sweep --sweep=experiments/memory_modules/sweep.py --config.data.path=BOOKS
 Hardware:  1 CPU core
-Duration:  about 30 s a point on a shared core
+Duration:  70 s to 4 minutes a point
 """
 
 import sys
@@ -30,8 +30,8 @@ def get_sweep() -> Sweep:
             sequence=128,
             batch=8,
         ),
-        optimizer=Optimizer(learning_rate=3e-3, warmup=30),
-        train=Train(steps=400, carry=True, tensorboard=False),
+        optimizer=Optimizer(learning_rate=2e-3, warmup=100),
+        train=Train(steps=2000, carry=True, tensorboard=False),
     )
     return Sweep(
         base=base,
