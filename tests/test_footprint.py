@@ -20,6 +20,7 @@ from memjax.training.config import Optimizer
 from memjax.training.step import make_trainer
 
 VOCAB = 31
+SLOW = pytest.mark.slow
 FEW = {
     "attention": Attention(heads=2),
     "gla": GLA(heads=2),
@@ -50,7 +51,7 @@ def test_the_memory_of_devices_of_a_mesh_is_predicted():
     run_on_virtual_devices("footprints", "-m", "not slow")
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_memory_of_devices_of_more_meshes_is_predicted():
     run_on_virtual_devices("footprints", "-m", "slow")
 
@@ -72,7 +73,10 @@ def test_the_state_is_predicted_to_the_byte(case):
     assert sum(predicted[name] for name in kept) == arguments - 13 * tokens - key_and_counts
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in ("attention", "lstm") else pytest.param(kind, marks=SLOW) for kind in FEW],
+)
 def test_saved_activations_are_linear_in_tokens_and_layers_and_less_with_remat(kind):
     def saved(**fields):
         model = Model(d_model=16, pattern=(kind,), mixers={kind: FEW[kind]}, repeat=2)
@@ -111,7 +115,7 @@ MORE = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "remat"), [*WHOLE, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+    ("kind", "remat"), [*WHOLE, *(pytest.param(*case, marks=SLOW) for case in MORE)]
 )
 def test_the_total_is_within_15_percent_of_the_compiled_step(kind, remat):
     experiment = layers_of(kind, remat)
@@ -144,7 +148,7 @@ def executed(experiment, vocab_size):
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in MIXERS],
+    [kind if kind in QUICK else pytest.param(kind, marks=SLOW) for kind in MIXERS],
 )
 def test_operations_a_token_are_those_of_a_training_step(kind):
     """Of more rows and with all that a step does besides, for every kind of mixer."""
