@@ -2,7 +2,7 @@
 
 Command:   memjax train --config=configs/gated_deltanet_1_3b.py --config.data.path=TEXT_FOLDER
 Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
-Size:      1.30 billion parameters, 1.23 billion of them outside the embedding
+Size:      1.30 billion parameters, 1.24 billion of them outside the embedding
 Source:    arXiv:2412.06464: keys of 256, values of 512, 4,096 tokens a sequence
 """
 

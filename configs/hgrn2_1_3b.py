@@ -2,7 +2,7 @@
 
 Command:   memjax train --config=configs/hgrn2_1_3b.py --config.data.path=TEXT_FOLDER
 Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
-Size:      1.27 billion parameters, 1.21 billion of them outside the embedding
+Size:      1.28 billion parameters, 1.21 billion of them outside the embedding
 Source:    arXiv:2404.07904 for the layer; width and depth of the 1.3B models of arXiv:2312.06635
 """
 

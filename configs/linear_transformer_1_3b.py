@@ -2,7 +2,7 @@
 
 Command:   memjax train --config=configs/linear_transformer_1_3b.py --config.data.path=TEXT_FOLDER
 Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
-Size:      1.27 billion parameters, 1.21 billion of them outside the embedding
+Size:      1.28 billion parameters, 1.21 billion of them outside the embedding
 Source:    arXiv:2006.16236 in the shape and training of arXiv:2312.06635
 """
 

@@ -2,7 +2,7 @@
 
 Command:   memjax train --config=configs/retnet_340m.py --config.data.path=TEXT_FOLDER
 Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
-Size:      335.0 million parameters, 302.2 million of them outside the embedding
+Size:      335.6 million parameters, 302.8 million of them outside the embedding
 Source:    shape of arXiv:2307.08621: keys of 256, values of 512; training of arXiv:2312.06635
 """
 

@@ -2,7 +2,7 @@
 
 Command:   memjax train --config=configs/ttt_linear_1_3b.py --config.data.path=TEXT_FOLDER
 Hardware:  an accelerator; raise --config.train.accumulate until a step fits its memory
-Size:      1.28 billion parameters, 1.21 billion of them outside the embedding
+Size:      1.28 billion parameters, 1.22 billion of them outside the embedding
 Source:    arXiv:2407.04620, Sec. 4 and Appendix C: heads of 64; the released code puts one more
            short convolution before each layer
 """
