@@ -180,7 +180,7 @@ class Watch:
     ):
         self._client, (self._index, self._count), self._after = client, process, lost_after
         self._interval = min(1.0, lost_after / 4)
-        self._lost = lost or end
+        self._end = lost or end
         self._report: dict[str, Any] = {}
         self._others: dict[int, dict[str, Any]] = {}
         self._stop = threading.Event()
@@ -192,11 +192,6 @@ class Watch:
     def first(self) -> bool:
         """Whether this is process 0, which writes for all."""
         return self._index == 0
-
-    @property
-    def count(self) -> int:
-        """How many processes the run has."""
-        return self._count
 
     def start(self) -> None:
         """Begin to say and to hear."""
@@ -220,11 +215,13 @@ class Watch:
     def loss(self) -> str | None:
         """A line that names the processes that have been silent for too long; None if none has."""
         silent = self._silent()
+        return self.lost(silent, f"no sign of life for {self._after:g} s") if silent else None
+
+    def lost(self, processes: list[int], why: str) -> str:
+        """The line that says so of these processes."""
         return (
-            f"process {', '.join(map(str, silent))} of {self._count} was lost (no sign of life for "
-            f"{self._after:g} s); start all processes again to go on from the last checkpoint"
-            if silent
-            else None
+            f"process {', '.join(map(str, processes))} of {self._count} was lost ({why}); start "
+            "all processes again to go on from the last checkpoint"
         )
 
     def finish(self) -> None:
@@ -241,7 +238,7 @@ class Watch:
             if line is not None:
                 if self.first:  # as it ends JAX ends the others, who then would name process 0
                     time.sleep(3 * self._interval)
-                self._lost(line)
+                self._end(line)
                 return
         self._beat({"beat": "done"})
 
@@ -303,12 +300,10 @@ def explain_abort(coordinator: str, watch: Watch) -> None:
     """
 
     def aborted(_: int) -> None:
-        line = watch.loss()
         if not watch.first and not answers(coordinator):
-            line = (
-                f"process 0 of {watch.count} was lost ({coordinator} does not answer); start all "
-                "processes again to go on from the last checkpoint"
-            )
+            line: str | None = watch.lost([0], f"{coordinator} does not answer")
+        else:
+            line = watch.loss()
         if line is not None:
             end(line)
 

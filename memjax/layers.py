@@ -42,7 +42,7 @@ class _Product(nnx.Module):
         bias: bool = False,
         std: float = 0.02,
     ):
-        names, shape = ("pair", *axes)[1 - len(self.pair) :], (*self.pair, size_out)
+        names, shape = (*["pair"] * len(self.pair), *axes), (*self.pair, size_out)
         self.weight = nnx.Param(normal(rngs, (*shape, size_in), std), axes=names, summed=True)
         self.bias = nnx.Param(jnp.zeros(shape, jnp.float32), axes=names[:-1]) if bias else None
 
