@@ -32,8 +32,6 @@ from pallas_kernels.bench_inputs import (
     abstract,
     documents,
     draw,
-    drawn_there,
-    placed,
 )
 
 # Behind a point: decays a channel (else a head), documents packed in a row (else one a row).
@@ -70,7 +68,7 @@ class Row(NamedTuple):
 
 
 def calls(shape: Shape, impl: str) -> tuple[Any, Any]:
-    """Forward, and forward with every gradient."""
+    """Forward of arguments, and forward with every gradient, of arguments and cotangents."""
     settings: dict[str, Any] = {"impl": impl}
     if shape.base != "attention":
         settings["chunk"] = 64 if jax.default_backend() != "cpu" else 32
@@ -81,44 +79,44 @@ def calls(shape: Shape, impl: str) -> tuple[Any, Any]:
             ids["segment_ids"] = documents(*args["q"].shape[:2])
         return OPS[shape.op](**args, **ids, **settings)
 
-    def both(args):
+    def both(args, d_out):
         out, pull = jax.vjp(forward, args)
-        return out, pull(jax.tree.map(jnp.ones_like, out))[0]
+        return out, pull(d_out)[0]
 
     return jax.jit(forward), jax.jit(both)
 
 
 def errors(shape: Shape, impl: str, tokens: int) -> tuple[float, float]:
     """Largest error of outputs, and of gradients, against the token loop in float64."""
-    wide = draw(shape, 0, min(tokens, shape.tokens))
-    args = placed(wide, shape.dtype)
-    rounded = {n: np.asarray(x.astype(jnp.float32), np.float64) for n, x in args.items()}
-    got = calls(shape, impl)[1](args)
+    shape = shape._replace(tokens=min(tokens, shape.tokens))
+    given = draw(shape, jnp.int32(0))
+    got = calls(shape, impl)[1](*given)
     cpu = jax.local_devices(backend="cpu")[0]
     with dispatch.target("cpu"), jax.enable_x64(True), jax.default_device(cpu):
-        exact = {name: jnp.asarray(x) for name, x in rounded.items()}
-        want = jax.device_get(calls(shape, "reference")[1](exact))
+        exact = jax.tree.map(lambda x: jnp.asarray(_wide(x)), given)
+        want = jax.device_get(calls(shape, "reference")[1](*exact))
 
     def largest(a: Any, b: Any) -> float:
         pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-        return max(
-            float(np.abs(np.asarray(x.astype(jnp.float32), np.float64) - y).max() / np.abs(y).max())
-            for x, y in pairs
-        )
+        return max(float(np.abs(_wide(x) - y).max() / np.abs(y).max()) for x, y in pairs)
 
     return largest(got[0], want[0]), largest(got[1], want[1])
 
 
-def seconds(call: Callable, inputs: list[dict], repeats: int) -> float:
+def _wide(x: jax.Array) -> np.ndarray:
+    return np.asarray(x.astype(jnp.float32), np.float64)
+
+
+def seconds(call: Callable, inputs: list[tuple], repeats: int) -> float:
     """Median time of a call."""
     queued = 1 if jax.default_backend() == "cpu" else 10
     for args in inputs:
-        jax.block_until_ready(call(args))
+        jax.block_until_ready(call(*args))
     taken = []
     for _ in range(repeats):
         start = time.perf_counter()
         for i in range(queued):
-            out = call(inputs[i % len(inputs)])
+            out = call(*inputs[i % len(inputs)])
         jax.block_until_ready(out)
         taken.append((time.perf_counter() - start) / queued)
     return statistics.median(taken)
@@ -152,15 +150,17 @@ def peaks() -> tuple[float, float]:
         if kind.startswith(name):
             return known
     x = jnp.ones((1024, 1024), jnp.float32)
-    multiply, copy = jax.jit(lambda args: args["x"] @ args["x"]), jax.jit(lambda args: -args["x"])
-    flops = 2 * 1024**3 / seconds(multiply, [{"x": x}], 10)
+    multiply, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: -x)
+    flops = 2 * 1024**3 / seconds(multiply, [(x,)], 10)
     wide = jnp.ones((32 * 2**20,), jnp.float32)
-    return flops, 8 * wide.size / seconds(copy, [{"x": wide}], 5)
+    return flops, 8 * wide.size / seconds(copy, [(wide,)], 5)
 
 
 def compiled(shape: Shape, impl: str) -> list[Callable]:
     """Forward, and forward with every gradient."""
-    return [call.trace(abstract(shape)).lower().compile() for call in calls(shape, impl)]
+    args, d_out = abstract(shape)
+    forward, both = calls(shape, impl)
+    return [traced.lower().compile() for traced in (forward.trace(args), both.trace(args, d_out))]
 
 
 def measure(
@@ -171,8 +171,9 @@ def measure(
     roofs: tuple[float, float],
     settings: Any,
 ) -> Row:
-    inputs = [drawn_there(shape, jnp.int32(seed)) for seed in range(settings.inputs)]
-    forward, both = (seconds(program, inputs, settings.repeats) for program in programs)
+    inputs = [draw(shape, jnp.int32(seed)) for seed in range(settings.inputs)]
+    forward = seconds(programs[0], [(args,) for args, _ in inputs], settings.repeats)
+    both = seconds(programs[1], inputs, settings.repeats)
     least = [[amount / peak for amount, peak in zip(pass_, roofs)] for pass_ in work(shape)]
     return Row(
         shape,
@@ -232,7 +233,7 @@ def parse(arguments: list[str] | None) -> Any:
 def suits(shape: Shape, impl: str) -> str | None:
     """Why an implementation does not run this shape here; None if it does."""
     try:
-        jax.eval_shape(calls(shape, impl)[0], abstract(shape))
+        jax.eval_shape(calls(shape, impl)[0], abstract(shape)[0])
     except ValueError as error:
         return str(error)
     return None

@@ -1,11 +1,11 @@
 """Arguments for `pallas_kernels.bench`."""
 
 import functools
-from typing import NamedTuple
+import zlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 DOCUMENTS = 4  # in a row of "attention.documents", of equal lengths
 
@@ -33,45 +33,33 @@ def documents(batch: int, tokens: int) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(tokens) * DOCUMENTS // tokens, (batch, tokens))
 
 
-def draw(shape: Shape, seed: int, tokens: int | None = None) -> dict[str, np.ndarray]:
-    """Arguments in float64; the recurrences have a decay a head, or a channel if so named."""
-    normal = np.random.default_rng(seed).standard_normal
-    tokens = shape.tokens if tokens is None else tokens
-    batch, heads, size = shape.batch, shape.heads, shape.size
-    args = {name: normal((batch, tokens, heads, size)) for name in "qkv"}
-    if shape.base == "attention":
-        return args
-    args["k"] /= np.linalg.norm(args["k"], axis=-1, keepdims=True)
-    args["log_decay"] = -np.exp(normal((batch, tokens, *shape.gates)) - 3)
-    args["initial_state"] = normal((batch, heads, size, size))
-    if shape.op == "delta_rule":
-        args["beta"] = 1 / (1 + np.exp(-normal((batch, tokens, heads))))
-    return args
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def drawn_there(shape: Shape, seed: jax.Array) -> dict[str, jax.Array]:
-    """The same distribution, made on the device."""
-    key = jax.random.key(seed)
-    keys = dict(zip(("q", "k", "v", "log_decay", "beta"), jax.random.split(key, 5), strict=True))
+def draw(shape: Shape, seed: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+    """Arguments, and cotangents of the outputs, made on the device.
+
+    The recurrences have a decay a head, or a channel if so named; numbers of tokens and states are
+    float32.
+    """
+    normal = functools.partial(_normal, jax.random.key(seed))
     sizes = (shape.batch, shape.tokens, shape.heads, shape.size)
-    args = {name: jax.random.normal(keys[name], sizes) for name in "qkv"}
-    if shape.base != "attention":
-        args["k"] /= jnp.linalg.norm(args["k"], axis=-1, keepdims=True)
+    args = {name: normal(name, sizes) for name in "qkv"}
+    d_o = normal("d_o", sizes).astype(shape.dtype)
+    if shape.base == "attention":
+        return {name: x.astype(shape.dtype) for name, x in args.items()}, d_o
+    args["k"] /= jnp.linalg.norm(args["k"], axis=-1, keepdims=True)
     args = {name: x.astype(shape.dtype) for name, x in args.items()}
-    if shape.base != "attention":
-        gates = (*sizes[:2], *shape.gates)
-        args["log_decay"] = -jnp.exp(jax.random.normal(keys["log_decay"], gates) - 3)
-        args["initial_state"] = jnp.zeros((shape.batch, shape.heads, shape.size, shape.size))
+    args["log_decay"] = -jnp.exp(normal("log_decay", (*sizes[:2], *shape.gates)) - 3)
     if shape.op == "delta_rule":
-        args["beta"] = jax.nn.sigmoid(jax.random.normal(keys["beta"], sizes[:3]))
-    return args
+        args["beta"] = jax.nn.sigmoid(normal("beta", sizes[:3]))
+    state = (shape.batch, shape.heads, shape.size, shape.size)
+    args["initial_state"] = normal("initial_state", state)
+    return args, (d_o, normal("d_state", state))
 
 
-def placed(args: dict[str, np.ndarray], dtype: str) -> dict[str, jax.Array]:
-    return {n: jnp.asarray(x, dtype if n in "qkv" else jnp.float32) for n, x in args.items()}
+def _normal(key: jax.Array, name: str, sizes: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), sizes)
 
 
-def abstract(shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of arguments."""
-    return jax.eval_shape(functools.partial(drawn_there, shape), jnp.int32(0))
+def abstract(shape: Shape) -> tuple[dict[str, jax.ShapeDtypeStruct], Any]:
+    """Their shapes."""
+    return jax.eval_shape(functools.partial(draw, shape), jnp.int32(0))

@@ -6,6 +6,7 @@ a value: there, the same products are plain ones.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -149,11 +150,19 @@ class Warpgroup:
         # The gap of a pair that is not seen may be positive: it is replaced before exp.
         return jnp.where(seen, jnp.exp(jnp.where(seen, gap(COARSE) + gap(FINE), 0.0)), 0.0)
 
-    def products(self, *pairs: Any, add: tuple[jax.Array, ...] = ()) -> tuple[jax.Array, ...]:
+    def products(
+        self,
+        *pairs: Any,
+        add: tuple[jax.Array, ...] = (),
+        meanwhile: Callable[[], None] | None = None,
+    ) -> tuple[jax.Array, ...]:
         """Products in registers, added to `add`. A pair of operands: each a tile, or registers on
-        the left, or `(tile,)` for its transpose; more pairs that are added, as a list."""
+        the left, or `(tile,)` for its transpose; more pairs that are added, as a list. `meanwhile`
+        is done between their issue and their end."""
         sums = [pair if isinstance(pair, list) else [pair] for pair in pairs]
         if self.interpreted:
+            if meanwhile is not None:
+                meanwhile()
             out = tuple(
                 functools.reduce(jnp.add, [_simulated(*pair) for pair in pairs]) for pairs in sums
             )
@@ -164,6 +173,8 @@ class Warpgroup:
                 for pair in pairs:
                     left, right = (x[0].T if isinstance(x, tuple) else x for x in pair)
                     self.gpu.wgmma(accumulator, left, right)
+            if meanwhile is not None:
+                meanwhile()
             self.gpu.wgmma_wait(0)
             return None if add else tuple(x[...] for x in accumulators)
 
@@ -172,6 +183,49 @@ class Warpgroup:
             return self.pl.run_state(lambda refs: multiply(*refs))(start)
         sizes = [(_shape(pairs[0][0])[0], _shape(pairs[0][1])[1]) for pairs in sums]
         return self.pl.run_scoped(multiply, *(self.gpu.ACC(size, jnp.float32) for size in sizes))
+
+    def accumulate(self, shapes: list[tuple[int, int]], loops: Any, state: Any) -> tuple[Any, Any]:
+        """Sums of products in registers over loops, and the state behind them.
+
+        `loops` are pairs of a count and `step(n, sums, state)`, which adds to a sum by `add_to` and
+        returns its state.
+        """
+        if self.interpreted:
+            zeros = [jnp.zeros(shape, jnp.float32) for shape in shapes]
+            carry = (zeros, state)
+            for count, step in loops:
+
+                def one(n, carry, step=step):
+                    sums = [_Simulated(x) for x in carry[0]]
+                    state = step(n, sums, carry[1])
+                    return [x.value for x in sums], state
+
+                carry = lax.fori_loop(0, count, one, carry)
+            return carry
+
+        def scoped(*sums: Any) -> tuple[Any, Any]:
+            after = state
+            for count, step in loops:
+                after = lax.fori_loop(0, count, lambda n, x, step=step: step(n, sums, x), after)
+            self.gpu.wgmma_wait(0)
+            return [x[...] for x in sums], after
+
+        return self.pl.run_scoped(scoped, *(self.gpu.ACC(shape, jnp.float32) for shape in shapes))
+
+    def add_to(self, total: Any, left: Any, right: Any) -> None:
+        """Begin a product that is added to a sum of `accumulate`; whoever next waits for products
+        waits for it."""
+        if self.interpreted:
+            total.value = total.value + _simulated(left, right)
+        else:
+            self.gpu.wgmma(total, left, right)
+
+
+class _Simulated:
+    """A sum of the interpreter."""
+
+    def __init__(self, value: jax.Array):
+        self.value = value
 
 
 def _shape(operand: Any) -> tuple[int, ...]:

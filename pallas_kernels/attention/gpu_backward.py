@@ -6,7 +6,8 @@
 As in the forward pass two warpgroups compute and one copies. Each of the two owns 64 queries and
 goes through the keys they see, or owns 64 keys and goes through the queries, of every head that
 reads them, that see those: there its tiles of scores have a row a key, so that d k and d v are
-products with weights from registers. Source: arXiv:2307.08691.
+products with weights from registers. The products that add to a gradient are waited for with the
+scores of the next step, which follow them without a gap. Source: arXiv:2307.08691.
 """
 
 from collections.abc import Callable
@@ -33,12 +34,14 @@ from pallas_kernels.attention.gpu_tile import (
     LOG2_E,
     MANY,
     Side,
+    Stream,
     across,
     along,
-    barriers_of,
     feed,
+    own_barriers,
     scores_of,
     settings_of,
+    stream_barriers,
 )
 from pallas_kernels.warpgroup_gpu import Warpgroup
 
@@ -103,28 +106,29 @@ def query_gradients(
             slope = hbm["slope"][head] if sloped else None
             plgpu.barrier_wait(own_loaded.at[who])
 
-            def one_block(step, state, *, masked):
-                d_q, d_slope = state
-                slot = lax.rem(step + walk.full if masked else step, jnp.int32(STAGES))
+            def one_block(step, sums, d_slope, *, masked):
+                count = step + walk.full if masked else step
+                slot = lax.rem(count, jnp.int32(STAGES))
                 plgpu.barrier_wait(loaded.at[slot])
                 k, v = k_tile.at[slot], v_tile.at[slot]
-                (products,) = group.products((q, (k,)))
+                shape = (ROWS, STEP)
+                products, d_p = group.products(
+                    (q, (k,)), (d_o, (v,)), add=(group.zeros(*shape), -along(dot, shape))
+                )
+                _leave(group, consumed, count)
                 keys = _side(group, "key", number_tiles, slot, masked, sloped)
                 tile = scores_of(plan, products, queries, keys, slope, masked=masked)
-                p = jnp.exp2(tile.scores - along(lse, products.shape))
-                minus_dot = -along(dot, products.shape)
-                (d_p,) = group.products((d_o, (v,)), add=(minus_dot,))  # not before: registers
-                d_s = p * d_p
+                d_s = jnp.exp2(tile.scores - along(lse, shape)) * d_p
                 if d_slope is not None:
                     d_slope = d_slope - jnp.sum(d_s * tile.distance.astype(float32), axis=1)
                 d_l = d_s if tile.steepness is None else d_s * tile.steepness
-                (d_q,) = group.products((d_l.astype(bfloat16), k), add=(d_q,))
-                plgpu.barrier_arrive(consumed.at[slot])
-                return d_q, d_slope
+                group.add_to(sums[0], d_l.astype(bfloat16), k)
+                return d_slope
 
             d_slope = group.full(0.0, ROWS, layout=group.by_row) if sloped else None
-            state = (group.zeros(ROWS, key_size), d_slope)
-            d_q, d_slope = _go(walk.full, walk.masked, one_block, state)
+            loops = _loops(walk.full, walk.masked, one_block)
+            (d_q,), d_slope = group.accumulate([(ROWS, key_size)], loops, d_slope)
+            _leave(group, consumed, walk.full + walk.masked)
             plgpu.commit_smem()
             q_tile[who] = (d_q * plan.rule.scale).astype(bfloat16)
             if d_slope_tile is not None:
@@ -137,7 +141,9 @@ def query_gradients(
 
         pl.when(who < COMPUTING)(compute)
         copying = who == COMPUTING
-        pl.when(copying)(lambda: feed(group, walk.full + walk.masked, STAGES, load, consumed))
+        pl.when(copying)(
+            lambda: feed(group, walk.full + walk.masked, STAGES, Stream(loaded, consumed, load))
+        )
 
     out_type = [compat.like(arrays.q_BTF.shape, bfloat16, arrays.q_BTF)]
     if sloped:
@@ -152,10 +158,11 @@ def query_gradients(
             group.tile(STAGES, STEP, value_size),
             *[plgpu.SMEM((STAGES, STEP), jnp.int32)] * len(numbers),
             *([plgpu.SMEM((COMPUTING, ROWS), float32)] if sloped else []),
-            *barriers_of(group, own=2, streamed=2 + len(numbers), stages=STAGES),
+            own_barriers(group, 2),
+            *stream_barriers(group, 2 + len(numbers), STAGES),
         ],
-        grid=(plan.batch, length // OWN, plan.heads),
-        grid_names=("row", "block", "head"),
+        grid=(plan.batch, plan.heads, length // OWN),
+        grid_names=("row", "head", "block"),
         **settings_of(group),
     )(*given.values())
     return out[0], out[1] if sloped else None
@@ -223,13 +230,15 @@ def key_gradients(
             keys = Side(of_keys("key_position"), of_keys("key_segment"))
             plgpu.barrier_wait(own_loaded.at[who])
 
-            def one_block(step, state, *, masked):
-                d_v, d_k = state
-                slot = lax.rem(step + full if masked else step, jnp.int32(STAGES))
+            def one_block(step, sums, state, *, masked):
+                d_v, d_k = sums
+                count = step + full if masked else step
+                slot = lax.rem(count, jnp.int32(STAGES))
                 slope = hbm["slope"][head_of(step)] if sloped else None
                 plgpu.barrier_wait(loaded.at[slot])
                 q, d_o = q_tile.at[slot], d_o_tile.at[slot]
                 (products,) = group.products((k, (q,)))
+                _leave(group, consumed, count)
 
                 def of_queries(name):
                     numbers = group.read(number_tiles[name], slot, layout=group.by_column)
@@ -238,21 +247,16 @@ def key_gradients(
                 queries = _side(group, "query", number_tiles, slot, masked, sloped)
                 tile = scores_of(plan, products, queries, keys, slope, masked=masked, by_key=True)
                 p = jnp.exp2(tile.scores - of_queries("lse") * LOG2_E)
-                weights = p.astype(bfloat16)
+                group.add_to(d_v, p.astype(bfloat16), d_o)
                 p = p if tile.steepness is None else p * tile.steepness
-                # d p not before, and d v not with d k: registers.
-                d_v, d_p = group.products(
-                    (weights, d_o),
-                    (v, (d_o,)),
-                    add=(d_v, -of_queries("dot")),
-                )
-                d_l = p * d_p
-                (d_k,) = group.products((d_l.astype(bfloat16), q), add=(d_k,))
-                plgpu.barrier_arrive(consumed.at[slot])
-                return d_v, d_k
+                (d_p,) = group.products((v, (d_o,)), add=(-of_queries("dot"),))
+                group.add_to(d_k, (p * d_p).astype(bfloat16), q)
+                return state
 
-            state = (group.zeros(ROWS, value_size), group.zeros(ROWS, key_size))
-            d_v, d_k = _go(full, walk.masked * plan.share, one_block, state)
+            steps = walk.masked * plan.share
+            sizes = [(ROWS, value_size), (ROWS, key_size)]
+            (d_v, d_k), _ = group.accumulate(sizes, _loops(full, steps, one_block), ())
+            _leave(group, consumed, full + steps)
             plgpu.commit_smem()
             v_tile[who] = d_v.astype(bfloat16)
             k_tile[who] = (d_k * plan.rule.scale).astype(bfloat16)
@@ -264,7 +268,7 @@ def key_gradients(
         def copy():
             walk = walk_of(hbm["reach"], row, block)
             steps = (walk.full + walk.masked) * plan.share
-            feed(group, steps, STAGES, partial(load, walk), consumed)
+            feed(group, steps, STAGES, Stream(loaded, consumed, partial(load, walk)))
 
         pl.when(who < COMPUTING)(compute)
         pl.when(who == COMPUTING)(copy)
@@ -278,10 +282,11 @@ def key_gradients(
             group.tile(STAGES, STEP, key_size),
             group.tile(STAGES, STEP, value_size),
             *(plgpu.SMEM((STAGES, STEP), kind) for kind in numbers.values()),
-            *barriers_of(group, own=2, streamed=2 + len(numbers), stages=STAGES),
+            own_barriers(group, 2),
+            *stream_barriers(group, 2 + len(numbers), STAGES),
         ],
-        grid=(plan.batch, length // OWN, plan.groups),
-        grid_names=("row", "block", "head"),
+        grid=(plan.batch, plan.groups, length // OWN),
+        grid_names=("row", "head", "block"),
         **settings_of(group),
     )(*given.values())
 
@@ -319,7 +324,12 @@ def _side(
     return Side(numbers(f"{what}_position", masked or sloped), numbers(f"{what}_segment", masked))
 
 
-def _go(full: jax.Array, masked: jax.Array, one_block: Callable[..., Any], state: Any) -> Any:
+def _leave(group: Warpgroup, consumed: Any, count: jax.Array) -> None:
+    """Leave the slot of the step before `count`, whose products have ended."""
+    before = lax.rem(count + jnp.int32(STAGES - 1), jnp.int32(STAGES))
+    group.pl.when(count > 0)(lambda: group.gpu.barrier_arrive(consumed.at[before]))
+
+
+def _loops(full: jax.Array, masked: jax.Array, one_block: Callable[..., Any]) -> list[Any]:
     """Blocks seen in full, then those that need a mask."""
-    state = lax.fori_loop(0, full, lambda n, x: one_block(n, x, masked=False), state)
-    return lax.fori_loop(0, masked, lambda n, x: one_block(n, x, masked=True), state)
+    return [(full, partial(one_block, masked=False)), (masked, partial(one_block, masked=True))]

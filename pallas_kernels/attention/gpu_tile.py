@@ -5,6 +5,7 @@ Scores are kept in units of log 2, s log2 e, so that their exponentials are one 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -85,26 +86,31 @@ def scores_of(
     return Scores(scores, steepness, distance)
 
 
-def feed(
-    group: Warpgroup,
-    steps: jax.Array,
-    stages: int,
-    load: Callable[[jax.Array, jax.Array], None],
-    consumed: Any,
-) -> None:
+class Stream(NamedTuple):
+    """Tiles that are loaded ahead of those who compute: of each stage, when they have come, when
+    all have left them, and how step `load(step, slot)` is loaded."""
+
+    loaded: Any
+    consumed: Any
+    load: Callable[[jax.Array, jax.Array], None]
+
+
+def feed(group: Warpgroup, steps: jax.Array, stages: int, *streams: Stream) -> None:
     """The warpgroup that copies: it loads a step as soon as the others have left its slot."""
     group.gpu.set_max_registers(FEW, action="decrease")
 
-    def left(step):
-        group.gpu.barrier_wait(consumed.at[lax.rem(step, jnp.int32(stages))])
+    def left(stream, step):
+        group.gpu.barrier_wait(stream.consumed.at[lax.rem(step, jnp.int32(stages))])
 
     def one(step, nothing):
-        group.pl.when(step >= stages)(lambda: left(step))
-        load(step, lax.rem(step, jnp.int32(stages)))
+        for stream in streams:
+            group.pl.when(step >= stages)(partial(left, stream, step))
+            stream.load(step, lax.rem(step, jnp.int32(stages)))
         return nothing
 
     def drain(step, nothing):
-        left(step)
+        for stream in streams:
+            left(stream, step)
         return nothing
 
     lax.fori_loop(0, steps, one, None)
@@ -116,12 +122,15 @@ def settings_of(group: Warpgroup) -> dict[str, Any]:
     return group.settings | {"num_threads": COMPUTING + 1, "thread_name": "warpgroup"}
 
 
-def barriers_of(group: Warpgroup, *, own: int, streamed: int, stages: int) -> tuple[Any, Any, Any]:
-    """Own tiles loaded, `own` copies for each warpgroup that computes; of each stage, loaded in so
-    many `streamed` copies; and consumed, by all that compute, for `feed` to load it again."""
+def own_barriers(group: Warpgroup, copies: int) -> Any:
+    """Of each warpgroup that computes: its own tiles have come, in so many copies."""
+    return group.gpu.Barrier(num_arrivals=copies, num_barriers=COMPUTING)
+
+
+def stream_barriers(group: Warpgroup, copies: int, stages: int) -> tuple[Any, Any]:
+    """Of each stage: loaded, in so many copies; and consumed, by all that compute."""
     barrier = group.gpu.Barrier
     return (
-        barrier(num_arrivals=own, num_barriers=COMPUTING),
-        barrier(num_arrivals=streamed, num_barriers=stages),
+        barrier(num_arrivals=copies, num_barriers=stages),
         barrier(num_arrivals=COMPUTING, num_barriers=stages),
     )

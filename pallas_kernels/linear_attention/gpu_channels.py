@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import dispatch, lanes
 from pallas_kernels.chunk_gates_gpu import flat, heads_of
@@ -31,8 +32,9 @@ def parts_of_decay(log_decay_BTHK: jax.Array, reset: jax.Array | None):
         g = jnp.where(reset[..., None, None], LOG_DECAY_FLOOR, g)
     batch, _, heads, size = g.shape
     g_BLF = flat(g)
-    high = g_BLF.astype(jnp.bfloat16)
-    low = (g_BLF - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    # Not by casts to and fro, which XLA may drop: nothing would be left for the second part.
+    high = lax.reduce_precision(g_BLF, exponent_bits=8, mantissa_bits=7)
+    high, low = (x.astype(jnp.bfloat16) for x in (high, g_BLF - high))
     sums_BMHK = jnp.sum(g_BLF.reshape(batch, -1, CHUNK, heads, size), 2)
     through = jnp.exp(jnp.swapaxes(sums_BMHK, 1, 2)).reshape(batch * heads, -1, size)
     return (high, low), through

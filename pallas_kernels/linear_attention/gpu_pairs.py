@@ -65,9 +65,8 @@ def _ones(mask: jax.Array) -> jax.Array:
     return jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
 
 
-def _decay(group: Warpgroup, mask: jax.Array, parts: Any) -> jax.Array:
+def _decay(group: Warpgroup, ones: Any, parts: Any) -> jax.Array:
     """exp of the sums of log decay over the tokens of each row of a mask."""
-    ones = _ones(mask)
     (sums,) = group.products([(ones, part) for part in parts])
     return jnp.exp(sums)
 
@@ -79,9 +78,18 @@ def _write(group: Warpgroup, tile: Any, x: jax.Array) -> None:
     group.gpu.commit_smem()
 
 
+def _write_ones(group: Warpgroup, tile: Any, mask: jax.Array) -> None:
+    """A mask that is known when the kernel is compiled goes to shared memory, not to registers.
+
+    Parts of it are constants there, and the assembler of CUDA 13.0 gives the register of such a
+    constant its value behind the first product that reads it.
+    """
+    _write(group, tile, jnp.where(mask, 1.0, 0.0))
+
+
 def _of_level(group: Warpgroup, places: _Places, level: Any, q: Any, k: Any, parts: Any, tile: Any):
     """e^D of a level; w is left in `tile`."""
-    decay = _decay(group, places.reached(level), parts)
+    decay = _decay(group, _ones(places.reached(level)), parts)
     late = places.late(level, q.shape[1])
     chosen = jnp.where(late, group.read(q), group.read(k))
     _write(group, tile, chosen.astype(jnp.float32) * decay)
@@ -111,7 +119,7 @@ def pairs(
         sources, (enter_hbm, leave_hbm, *rest) = refs[:4], refs[4:-1]
         pairs_hbm = rest.pop(0) if products else None
         q, k, *parts = rest[:4]
-        w, pairs_tile = rest[4:] if products else (None, None)
+        ones, w, pairs_tile = rest[4:] if products else (rest[4], None, None)
         of_chunk, place = group.load_chunk(heads, zip(sources, rest[:4], strict=True), [], refs[-1])
         places = _Places(group)
         i, t = places.i, places.t
@@ -125,8 +133,11 @@ def pairs(
 
             pairs = lax.fori_loop(0, LEVELS, one_level, jnp.where(i == t, own, 0.0))
             pairs_tile[...] = pairs.astype(bfloat16)
-        entering = group.read(q).astype(float32) * _decay(group, t <= i, parts)
-        leaving = group.read(k).astype(float32) * _decay(group, t > i, parts)
+        # In shared memory, where a mask does not change: see `_write_ones`.
+        _write_ones(group, ones, t <= i)
+        entering = group.read(q).astype(float32) * _decay(group, ones, parts)
+        _write_ones(group, ones, t > i)
+        leaving = group.read(k).astype(float32) * _decay(group, ones, parts)
         plgpu.commit_smem()
         q[...], k[...] = entering.astype(bfloat16), leaving.astype(bfloat16)
         plgpu.commit_smem()
@@ -143,8 +154,9 @@ def pairs(
         kernel,
         out_type=tuple(out_type),
         scratch_types=[
-            *[group.tile(CHUNK, size)] * (5 if products else 4),
-            *([group.tile(CHUNK, CHUNK)] if products else []),
+            *[group.tile(CHUNK, size)] * 4,
+            group.tile(CHUNK, CHUNK),
+            *([group.tile(CHUNK, size), group.tile(CHUNK, CHUNK)] if products else []),
             plgpu.Barrier(num_arrivals=4),
         ],
         grid=(chunks, lanes),
@@ -180,7 +192,7 @@ def pair_gradients(
 
     def kernel(*refs):
         sources, (d_q_hbm, d_k_hbm, d_g_hbm) = refs[:9], refs[9:12]
-        *tiles, w, u, both, numbers, loaded = refs[12:]
+        *tiles, numbers, loaded = refs[12:]
         q, k, high, low, v, d_o, state, behind, through = tiles
         chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
         channel = lax.axis_index("part") * PART
@@ -204,23 +216,28 @@ def pair_gradients(
             factors = [group.read(x, layout=group.by_column) for x in (numbers, through)]
             return lax.broadcast_in_dim(factors[0] * factors[1], (CHUNK, PART), (1,))
 
-        def with_state(d_g, x, out, memory, inside, transposed):
-            """Gradient of x, and what is added to dg, by what crosses the chunk's border."""
-            (d_x,) = group.products((out, (memory,)))
-            d_x = d_x * _decay(group, inside, parts)
-            _write(group, u, d_x * group.read(x).astype(float32))
-            (d_g,) = group.products((_ones(transposed), u), add=(d_g,))
-            return d_x, d_g
-
-        d_q, d_g = with_state(crossing(), q, d_o, state, t <= i, i <= t)
-        d_k, d_g = with_state(d_g, k, v, behind, t > i, i > t)
+        d_q, d_k = group.products((d_o, (state,)), (v, (behind,)))
+        d_g = crossing()
         late_early, early_late = group.products((d_o, (v,)), (v, (d_o,)))
         own = jnp.sum(jnp.where(i == t, late_early, 0.0), axis=1)
         own = lax.broadcast_in_dim(own, (CHUNK, PART), (0,))
+        # Values and states are done with: what is written from here on lies where they were.
+        w, u, both, ones = (x.at[:, pl.ds(0, PART)] for x in (v, d_o, state, behind))
+        # With t > i: do_t . v_i
+        _write(group, both, jnp.where(t < i, late_early, early_late))
+
+        def from_border(d_g, x, d_x, inside):
+            """The decay between a token and the chunk's border, and what is added to dg by it."""
+            _write_ones(group, ones, inside)
+            d_x = d_x * _decay(group, ones, parts)
+            _write(group, u, d_x * group.read(x).astype(float32))
+            (d_g,) = group.products(((ones,), u), add=(d_g,))
+            return d_x, d_g
+
+        d_q, d_g = from_border(d_g, q, d_q, t <= i)
+        d_k, d_g = from_border(d_g, k, d_k, t > i)
         d_q = d_q + own * group.read(k).astype(float32)
         d_k = d_k + own * group.read(q).astype(float32)
-        # With t > i: do_t . v_i
-        both[...] = jnp.where(t < i, late_early, early_late).astype(bfloat16)
 
         def one_level(level, sums):
             d_q, d_k, d_g = sums
@@ -252,10 +269,7 @@ def pair_gradients(
             *[group.tile(CHUNK, PART)] * 4,
             *[group.tile(CHUNK, value_size)] * 2,
             *[group.tile(PART, value_size)] * 2,
-            plgpu.SMEM((PART,), float32),
-            *[group.tile(CHUNK, PART)] * 2,
-            group.tile(CHUNK, CHUNK),
-            plgpu.SMEM((PART,), float32),
+            *[plgpu.SMEM((PART,), float32)] * 2,
             plgpu.Barrier(num_arrivals=9),
         ],
         grid=(chunks, lanes, key_size // PART),
