@@ -89,6 +89,8 @@ def cases(platform: str) -> Iterator[Case]:
     else:
         for name, op, args in gpu_cases():
             yield name, _calling(op, impl=impl), args
+        args = _memory(True, "head", 256, bf16)
+        yield "delta_rule head K=256", _calling(delta_rule, impl=impl), args
         for op, decay in ((linear_attention, "channel"), (delta_rule, "head")):
             args = _memory(op is delta_rule, decay, 128, bf16, heads=64)
             yield f"{op.__name__} {decay} K=128, 64 heads", _calling(op, impl=impl), args

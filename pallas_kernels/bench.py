@@ -157,10 +157,11 @@ def peaks() -> tuple[float, float]:
 
 
 def compiled(shape: Shape, impl: str) -> list[Callable]:
-    """Forward, and forward with every gradient."""
+    """Inputs of a seed; forward; and forward with every gradient."""
     args, d_out = abstract(shape)
     forward, both = calls(shape, impl)
-    return [traced.lower().compile() for traced in (forward.trace(args), both.trace(args, d_out))]
+    traced = draw.trace(shape, jnp.int32(0)), forward.trace(args), both.trace(args, d_out)
+    return [program.lower().compile() for program in traced]
 
 
 def measure(
@@ -171,9 +172,10 @@ def measure(
     roofs: tuple[float, float],
     settings: Any,
 ) -> Row:
-    inputs = [draw(shape, jnp.int32(seed)) for seed in range(settings.inputs)]
-    forward = seconds(programs[0], [(args,) for args, _ in inputs], settings.repeats)
-    both = seconds(programs[1], inputs, settings.repeats)
+    make, run_forward, run_both = programs
+    inputs = [make(jnp.int32(seed)) for seed in range(settings.inputs)]
+    forward = seconds(run_forward, [(args,) for args, _ in inputs], settings.repeats)
+    both = seconds(run_both, inputs, settings.repeats)
     least = [[amount / peak for amount, peak in zip(pass_, roofs)] for pass_ in work(shape)]
     return Row(
         shape,

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
-def in_value_parts(run: Callable, by_head: tuple, v_BTHV: jax.Array, state_BHKV):
-    """`run(*by_head, v, state)` -> o, last state, with V in parts of 128, or of 64.
+def in_value_parts(run: Callable, by_head: tuple, v_BTHV: jax.Array, state_BHKV, most: int = 128):
+    """`run(*by_head, v, state)` -> o, last state, with V in parts of `most`, or of 64.
 
     Arrays of `by_head` have heads in their third axis, and are repeated; None stays None.
     """
     heads, value_size = v_BTHV.shape[2:]
-    parts = value_size // (64 if value_size % 128 else 128)
+    parts = value_size // (64 if value_size % most else most)
     if parts == 1:
         return run(*by_head, v_BTHV, state_BHKV)
     by_head = tuple(None if x is None else jnp.repeat(x, parts, axis=2) for x in by_head)

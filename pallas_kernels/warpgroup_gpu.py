@@ -22,13 +22,15 @@ COARSE, FINE, DOCUMENT, ENTER, LEAVE, BETA = range(6)  # rows of the gates of a 
 BLOCKS = 128  # of threads, near one for each of 132 processors, where chunks wait for each other
 
 
-def stages_of(columns: int) -> int:
+def stages_of(columns: int, key_size: int) -> int:
     """Chunks that such a block loads ahead: more where it has a processor for itself."""
-    return 2 if columns == 64 else 4
+    return 2 if columns == 64 or key_size == 256 else 4
 
 
-def columns_of(lanes: int, value_size: int) -> int:
-    """Columns of V that it takes: as few as give every processor a block."""
+def columns_of(lanes: int, value_size: int, key_size: int) -> int:
+    """Columns of V that it takes: as few as give every processor a block, or as there is room."""
+    if key_size == 256:
+        return 16
     return next((n for n in (64, 32) if lanes * (value_size // n) >= BLOCKS), 16)
 
 

@@ -104,12 +104,24 @@ def test_only_a_hopper_card_runs_the_kernels(capability, chosen, monkeypatch):
     assert dispatch.resolve("linear_attention", "auto", unfit) == chosen
 
 
-@pytest.mark.parametrize("size, message", [(256, "K=256 must be one of"), (64, "one a head")])
+@pytest.mark.parametrize("size, message", [(192, "K=192 must be one of"), (64, "one a head")])
 def test_what_the_delta_rules_kernel_has_not_is_refused_by_name(size, message):
     args = {name: jnp.ones((1, 64, 1, size), jnp.bfloat16) for name in "qkv"}
     args |= {"beta": jnp.ones((1, 64, 1)), "log_decay": -jnp.ones((1, 64, 1, size))}
     with dispatch.target("gpu"), pytest.raises(ValueError, match=message):
         delta_rule(**args, impl="gpu")
+
+
+def test_wide_keys_of_the_delta_rule():
+    """Tiles of K = 256 leave room for 64 values: two parts here."""
+    args = draw("delta_rule", size=256, tokens=70, heads=1)
+    args |= {name: args[name][..., :128] for name in ("v", "initial_state")}
+    with dispatch.target("gpu", interpreter=compat.gpu_interpreter()):
+        got, got_gradients = outputs_and_gradients("delta_rule", args, None, "gpu")
+    want, want_gradients = outputs_and_gradients("delta_rule", args, None, "reference")
+    assert_near(got, want, 0.01)
+    for name in args:
+        assert_near(got_gradients[name], want_gradients[name], 0.01)
 
 
 @pytest.mark.parametrize("op", ["channels", "delta_rule"])

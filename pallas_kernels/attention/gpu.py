@@ -1,6 +1,4 @@
 """Blockwise attention on a Hopper GPU, forward and backward: see `gpu_forward`, `gpu_backward`.
-
-Not yet run on a card: kernels are interpreted, and compiled for sm_90a.
 """
 
 from functools import partial

@@ -100,7 +100,7 @@ def query_gradients(
                     group.read(hbm[name].at[at, own], layout=group.by_row) if name in hbm else None
                 )
 
-            lse, dot = of_queries("lse", lane) * LOG2_E, of_queries("dot", lane)
+            lse, less = of_queries("lse", lane), of_queries("less", lane)
             position, segment = (of_queries(f"query_{x}", row) for x in ("position", "segment"))
             queries = Side(position, segment)
             slope = hbm["slope"][head] if sloped else None
@@ -113,12 +113,12 @@ def query_gradients(
                 k, v = k_tile.at[slot], v_tile.at[slot]
                 shape = (ROWS, STEP)
                 products, d_p = group.products(
-                    (q, (k,)), (d_o, (v,)), add=(group.zeros(*shape), -along(dot, shape))
+                    (q, (k,)), (d_o, (v,)), add=(group.zeros(*shape), along(less, shape))
                 )
                 _leave(group, consumed, count)
                 keys = _side(group, "key", number_tiles, slot, masked, sloped)
                 tile = scores_of(plan, products, queries, keys, slope, masked=masked)
-                d_s = jnp.exp2(tile.scores - along(lse, shape)) * d_p
+                d_s = jnp.exp2(tile.scores * tile.factor - along(lse, shape)) * d_p
                 if d_slope is not None:
                     d_slope = d_slope - jnp.sum(d_s * tile.distance.astype(float32), axis=1)
                 d_l = d_s if tile.steepness is None else d_s * tile.steepness
@@ -184,7 +184,7 @@ def key_gradients(
     key_size, value_size = plan.key_size, plan.value_size
     given = _inputs(plan, arrays, d_o_BTF, lse_NT, dot_NT, slopes_H, of_keys=True)
     sloped = slopes_H is not None
-    numbers = {"lse": float32, "dot": float32}
+    numbers = {"lse": float32, "less": float32}
     numbers |= {x: jnp.int32 for x in ("query_position", "query_segment") if x in given}
 
     def kernel(*refs):
@@ -207,7 +207,7 @@ def key_gradients(
                 source = hbm[name].at[row, queries, pl.ds(head * size, size)]
                 plgpu.copy_gmem_to_smem(source, tile.at[slot], loaded.at[slot])
             for name, tile in number_tiles.items():
-                at = lane if name in ("lse", "dot") else row
+                at = lane if name in ("lse", "less") else row
                 plgpu.copy_gmem_to_smem(hbm[name].at[at, queries], tile.at[slot], loaded.at[slot])
 
         def compute():
@@ -246,10 +246,10 @@ def key_gradients(
 
                 queries = _side(group, "query", number_tiles, slot, masked, sloped)
                 tile = scores_of(plan, products, queries, keys, slope, masked=masked, by_key=True)
-                p = jnp.exp2(tile.scores - of_queries("lse") * LOG2_E)
+                p = jnp.exp2(tile.scores * tile.factor - of_queries("lse"))
                 group.add_to(d_v, p.astype(bfloat16), d_o)
                 p = p if tile.steepness is None else p * tile.steepness
-                (d_p,) = group.products((v, (d_o,)), add=(-of_queries("dot"),))
+                (d_p,) = group.products((v, (d_o,)), add=(of_queries("less"),))
                 group.add_to(d_k, (p * d_p).astype(bfloat16), q)
                 return state
 
@@ -300,8 +300,9 @@ def _inputs(plan, arrays, d_o_BTF, lse_NT, dot_NT, slopes_H, *, of_keys) -> dict
         "k": arrays.k_BJF,
         "v": arrays.v_BJF,
         "d_o": d_o_BTF,
-        "lse": lse_NT,
-        "dot": dot_NT,
+        # In the units and with the sign of their use, once and not in every step.
+        "lse": lse_NT * LOG2_E,
+        "less": -dot_NT,
         "query_position": query.position_BT if plan.placed else None,
         "query_segment": query.segment_BT,
         "key_position": key.position_BT if plan.placed else None,

@@ -129,9 +129,10 @@ def forward(
                 position = of_keys("key_position") if masked or slope is not None else None
                 keys = Side(position, of_keys("key_segment") if masked else None)
                 plgpu.barrier_arrive(k_consumed.at[slot])
-                s = scores_of(plan, products, queries, keys, slope, masked=masked).scores
-                more = jnp.maximum(most, jnp.max(s, axis=1))
-                p = jnp.exp2(s - along(more, s.shape))
+                tile = scores_of(plan, products, queries, keys, slope, masked=masked)
+                s, factor = tile.scores, tile.factor
+                more = jnp.maximum(most, jnp.max(s, axis=1) * factor)
+                p = jnp.exp2(s * factor - along(more, s.shape))
                 fade = jnp.exp2(most - more)
                 total = total * fade + jnp.sum(p, axis=1)
                 o = o * along(fade, o.shape)

@@ -20,6 +20,7 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 # Registers a thread of a warpgroup that computes and of the one that copies: 64 K for all three.
 MANY, FEW = 232, 40
+LEAST_FACTOR = 1e-6  # HIDDEN times it is still below LOWEST
 
 
 class Side(NamedTuple):
@@ -33,9 +34,11 @@ class Side(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of a tile, HIDDEN where not seen; the derivative of the cap; query minus key position."""
+    """Of a tile, HIDDEN where not seen; what they are times log2 e over, if not 1: their largest is
+    found without multiplying each; the derivative of the cap; query minus key position."""
 
     scores: jax.Array
+    factor: float
     steepness: jax.Array | None
     distance: jax.Array | None
 
@@ -63,9 +66,13 @@ def scores_of(
     """From q . k, a row a query (`by_key`: a row a key)."""
     rule, shape = plan.rule, products.shape
     query, key = (across, along) if by_key else (along, across)
-    if rule.logit_cap is None:
-        scores, steepness = products * (rule.scale * LOG2_E), None
+    factor, steepness = rule.scale * LOG2_E, None
+    if rule.logit_cap is None and slope is None and factor > LEAST_FACTOR:
+        scores = products
+    elif rule.logit_cap is None:
+        scores, factor = products * factor, 1.0
     else:
+        factor = 1.0
         part = jnp.tanh(products * (rule.scale / rule.logit_cap))
         scores, steepness = part * (rule.logit_cap * LOG2_E), 1.0 - part * part
     masked_by_place = masked and (rule.causal or rule.window is not None)
@@ -83,7 +90,7 @@ def scores_of(
         seen.append(query(queries.segment, shape) == key(keys.segment, shape))
     for mask in seen:
         scores = jnp.where(mask, scores, HIDDEN)
-    return Scores(scores, steepness, distance)
+    return Scores(scores, factor, steepness, distance)
 
 
 class Stream(NamedTuple):

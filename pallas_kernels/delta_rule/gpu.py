@@ -22,13 +22,14 @@ from pallas_kernels.delta_rule.gpu_walk import walk
 from pallas_kernels.parts_gpu import in_value_parts
 from pallas_kernels.warpgroup_gpu import SIZES, card_unfit, dtype_unfit
 
+KEY_SIZES = (*SIZES, 256)
 ANCHOR = 8  # chunks; sums of the decay's gradient start anew behind so many
 
 
 def unfit(q, k, v, log_decay) -> str | None:
     """Why the kernels cannot take a call."""
-    if q.shape[-1] not in SIZES:
-        return f"K={q.shape[-1]} must be one of {SIZES}"
+    if q.shape[-1] not in KEY_SIZES:
+        return f"K={q.shape[-1]} must be one of {KEY_SIZES}"
     if v.shape[-1] % 64:
         return f"V={v.shape[-1]} must be a multiple of 64"
     if log_decay is not None and log_decay.ndim == 4:
@@ -47,7 +48,9 @@ def delta_rule_gpu(q, k, v, beta, log_decay, initial_state, reset, *, scale, chu
     def run(q, k, beta, log_decay, v, state):
         return _delta_rule(float(scale), q, k, v, beta, log_decay, state, reset)
 
-    return in_value_parts(run, (q, k, beta, log_decay), v, initial_state)
+    # Of 128 values and K = 256 tiles do not fit.
+    most = 64 if q.shape[-1] > 128 else 128
+    return in_value_parts(run, (q, k, beta, log_decay), v, initial_state, most=most)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -46,9 +46,9 @@ def walk(
     pl, plgpu = group.pl, group.gpu
     batch, tokens, _ = x_BTF.shape
     lanes, key_size, value_size = state_NKV.shape
-    chunks, columns = tokens // CHUNK, columns_of(lanes, value_size)
+    chunks, columns = tokens // CHUNK, columns_of(lanes, value_size, key_size)
     bfloat16, float32 = jnp.bfloat16, jnp.float32
-    inputs, stages = [*keyed, x_BTF], stages_of(columns)
+    inputs, stages = [*keyed, x_BTF], stages_of(columns, key_size)
     count = len(inputs)
 
     def kernel(*refs):

@@ -4,8 +4,6 @@ Forward: `pairs` (P and the decayed Q and K of all chunks at once), `walk_states
 `read_states` (outputs, all at once). P is kept for the backward pass, which computes the rest
 again, walks backward for the cotangents of the states, R = dS' / c, and makes all else of all
 chunks at once: dV = c (PT dO + K_leave R), and by `pair_gradients` dQ, dK and dg.
-
-Not yet run on a card: kernels are interpreted, and compiled for sm_90a.
 """
 
 from functools import partial

@@ -33,8 +33,8 @@ def walk_states(
     pl, plgpu = group.pl, group.gpu
     tokens = x_BTF.shape[1]
     lanes, key_size, value_size = state_NKV.shape
-    chunks, columns = tokens // CHUNK, columns_of(lanes, value_size)
-    stages = stages_of(columns)
+    chunks, columns = tokens // CHUNK, columns_of(lanes, value_size, key_size)
+    stages = stages_of(columns, key_size)
     bfloat16, float32 = jnp.bfloat16, jnp.float32
 
     def kernel(x_hbm, y_hbm, through_hbm, state_hbm, states_hbm, last_hbm, *scratch):
