@@ -21,7 +21,7 @@ AVAILABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "attention": ("reference", "xla", "tpu", "gpu", "splash", "cudnn"),
         "delta_rule": ("reference", "xla", "tpu", "gpu"),
         "linear_attention": ("reference", "xla", "tpu", "gpu"),
-        "mlstm": ("reference", "xla", "tpu"),
+        "mlstm": ("reference", "xla", "tpu", "gpu"),
         "diagonal_scan": ("reference", "xla", "tpu"),
         "ring_attention": ("xla", "rdma"),
         "neural_memory": ("reference", "xla", "tpu"),

@@ -1,9 +1,45 @@
-"""Values in parts on a GPU: columns of a matrix memory never meet, so each part is a head."""
+"""Sizes of keys and values on a GPU: padded to whole tiles, and values in parts.
+
+Channels of zeros in keys and values add nothing to what is read. Columns of a matrix memory never
+meet, so each part of them is a head.
+"""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+TILE = 64
+LEAST = 32  # channels; of fewer most of a tile would be empty
+
+
+def size_unfit(q: jax.Array, v: jax.Array, most: int | None = None) -> str | None:
+    """Why K or V does not suit; `most` is the largest K."""
+    for name, x in (("K", q), ("V", v)):
+        if x.shape[-1] < LEAST:
+            return f"{name}={x.shape[-1]} is less than {LEAST}: tiles have {TILE} channels"
+    if most is not None and q.shape[-1] > most:
+        return f"K={q.shape[-1]} is more than {most}"
+    return None
+
+
+def in_whole_tiles(run: Callable, q, k, v, log_decay, state_BHKV, *, sizes: tuple[int, ...] = ()):
+    """`run(q, k, v, log_decay, state)` -> o, last state, with V of whole tiles, and K too, or the
+    next of `sizes`."""
+    key_size, value_size = q.shape[-1], v.shape[-1]
+    more_keys = next((n for n in sizes if n >= key_size), key_size + -key_size % TILE) - key_size
+    more_values = -value_size % TILE
+
+    def pad(x, *more):
+        if x is None or not any(more):
+            return x
+        return jnp.pad(x, [(0, 0)] * (x.ndim - len(more)) + [(0, n) for n in more])
+
+    if log_decay is not None and log_decay.ndim == 4:
+        log_decay = pad(log_decay, more_keys)
+    q, k, v = pad(q, more_keys), pad(k, more_keys), pad(v, more_values)
+    o, last = run(q, k, v, log_decay, pad(state_BHKV, more_keys, more_values))
+    return o[..., :value_size], last[..., :key_size, :value_size]
 
 
 def in_value_parts(run: Callable, by_head: tuple, v_BTHV: jax.Array, state_BHKV, most: int = 128):
@@ -12,7 +48,7 @@ def in_value_parts(run: Callable, by_head: tuple, v_BTHV: jax.Array, state_BHKV,
     Arrays of `by_head` have heads in their third axis, and are repeated; None stays None.
     """
     heads, value_size = v_BTHV.shape[2:]
-    parts = value_size // (64 if value_size % most else most)
+    parts = value_size // (TILE if value_size % most else most)
     if parts == 1:
         return run(*by_head, v_BTHV, state_BHKV)
     by_head = tuple(None if x is None else jnp.repeat(x, parts, axis=2) for x in by_head)

@@ -1,5 +1,4 @@
-"""Blockwise attention on a Hopper GPU, forward and backward: see `gpu_forward`, `gpu_backward`.
-"""
+"""Blockwise attention on a Hopper GPU, forward and backward: see `gpu_forward`, `gpu_backward`."""
 
 from functools import partial
 

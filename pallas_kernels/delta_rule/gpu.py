@@ -19,7 +19,7 @@ from pallas_kernels.chunk_gates_gpu import decay_gradient, flat, gates_of, heads
 from pallas_kernels.delta_rule.gpu_solve import solve, solve_gradient
 from pallas_kernels.delta_rule.gpu_tokens import tokens_of
 from pallas_kernels.delta_rule.gpu_walk import walk
-from pallas_kernels.parts_gpu import in_value_parts
+from pallas_kernels.parts_gpu import in_value_parts, in_whole_tiles, size_unfit
 from pallas_kernels.warpgroup_gpu import SIZES, card_unfit, dtype_unfit
 
 KEY_SIZES = (*SIZES, 256)
@@ -28,13 +28,9 @@ ANCHOR = 8  # chunks; sums of the decay's gradient start anew behind so many
 
 def unfit(q, k, v, log_decay) -> str | None:
     """Why the kernels cannot take a call."""
-    if q.shape[-1] not in KEY_SIZES:
-        return f"K={q.shape[-1]} must be one of {KEY_SIZES}"
-    if v.shape[-1] % 64:
-        return f"V={v.shape[-1]} must be a multiple of 64"
     if log_decay is not None and log_decay.ndim == 4:
         return "log_decay must be None or one a head"
-    return dtype_unfit(q=q, k=k, v=v) or card_unfit()
+    return size_unfit(q, v, KEY_SIZES[-1]) or dtype_unfit(q=q, k=k, v=v) or card_unfit()
 
 
 def delta_rule_gpu(q, k, v, beta, log_decay, initial_state, reset, *, scale, chunk):
@@ -48,9 +44,12 @@ def delta_rule_gpu(q, k, v, beta, log_decay, initial_state, reset, *, scale, chu
     def run(q, k, beta, log_decay, v, state):
         return _delta_rule(float(scale), q, k, v, beta, log_decay, state, reset)
 
-    # Of 128 values and K = 256 tiles do not fit.
-    most = 64 if q.shape[-1] > 128 else 128
-    return in_value_parts(run, (q, k, beta, log_decay), v, initial_state, most=most)
+    def in_parts(q, k, v, log_decay, state):
+        # Of 128 values and K = 256 tiles do not fit.
+        most = 64 if q.shape[-1] > 128 else 128
+        return in_value_parts(run, (q, k, beta, log_decay), v, state, most=most)
+
+    return in_whole_tiles(in_parts, q, k, v, log_decay, initial_state, sizes=KEY_SIZES)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

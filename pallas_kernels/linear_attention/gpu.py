@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, lanes
 from pallas_kernels.chunk_gates_gpu import decay_gradient, flat, gates_of, row_products
 from pallas_kernels.linear_attention.gpu_channels import attention_by_channel
-from pallas_kernels.parts_gpu import in_value_parts
+from pallas_kernels.parts_gpu import in_value_parts, in_whole_tiles, size_unfit
 from pallas_kernels.walk_gpu import COLUMNS, Heads, walk
 from pallas_kernels.warpgroup_gpu import CHUNK, ENTER, SIZES, card_unfit, dtype_unfit
 
@@ -35,24 +35,31 @@ def linear_attention_gpu(q, k, v, log_decay, initial_state, reset, *, scale, chu
     """
     del chunk
     if log_decay is None or log_decay.ndim == 3:
-        return _attention(float(scale), q, k, v, log_decay, initial_state, reset)
 
-    def run(q, k, log_decay, v, state):
+        def run(*args):
+            return _attention(float(scale), *args, reset)
+
+        return in_whole_tiles(run, q, k, v, log_decay, initial_state)
+
+    def by_channel(q, k, log_decay, v, state):
         return attention_by_channel(float(scale), q, k, v, log_decay, state, reset)
 
-    return in_value_parts(run, (q, k, log_decay), v, initial_state)
+    def in_parts(q, k, v, log_decay, state):
+        return in_value_parts(by_channel, (q, k, log_decay), v, state)
+
+    return in_whole_tiles(in_parts, q, k, v, log_decay, initial_state)
 
 
 def unfit(q, k, v, log_decay, *, scale: float | None) -> str | None:
     """Why the kernel cannot take a call."""
-    for name, x in (("K", q), ("V", v)):
-        if x.shape[-1] % 64:
-            return f"{name}={x.shape[-1]} must be a multiple of 64"
-    if log_decay is not None and log_decay.ndim == 4 and q.shape[-1] not in SIZES:
-        return f"K={q.shape[-1]} must be one of {SIZES} where log_decay is one a channel"
     if scale == 0:
         return "scale=0 has no cotangent of the state"
-    return dtype_unfit(q=q, k=k, v=v) or card_unfit()
+    by_channel = log_decay is not None and log_decay.ndim == 4
+    return (
+        size_unfit(q, v, SIZES[-1] if by_channel else None)
+        or dtype_unfit(q=q, k=k, v=v)
+        or card_unfit()
+    )
 
 
 def heads_in_parts(q, v) -> Heads:

@@ -7,12 +7,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch, products, validate
+from pallas_kernels.mlstm import gpu, tpu
 from pallas_kernels.mlstm.chunked import mlstm_chunked
 from pallas_kernels.mlstm.reference import mlstm_reference
-from pallas_kernels.mlstm.tpu import mlstm_tpu, unfit
 
 OP = "mlstm"
-IMPLEMENTATIONS = {"reference": mlstm_reference, "xla": mlstm_chunked, "tpu": mlstm_tpu}
+IMPLEMENTATIONS = {
+    "reference": mlstm_reference,
+    "xla": mlstm_chunked,
+    "tpu": tpu.mlstm_tpu,
+    "gpu": gpu.mlstm_gpu,
+}
 
 
 class MLSTMMemory(NamedTuple):
@@ -77,7 +82,11 @@ def mlstm(
     validate.check_tokens(OP, q.shape[1])
     validate.check_at_least_one(OP, chunk=chunk)
     validate.check_log_decay(OP, log_forget, "log_forget")
-    chosen = dispatch.resolve(OP, impl, {"tpu": lambda: unfit(q, k, v, chunk=chunk)})
+    unfit = {
+        "tpu": lambda: tpu.unfit(q, k, v, chunk=chunk),
+        "gpu": lambda: gpu.unfit(q, k, v, scale=scale),
+    }
+    chosen = dispatch.resolve(OP, impl, unfit)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = products.accumulation_dtype(q, k, v)
     if state is None:
