@@ -9,7 +9,8 @@ Short rows of symbols, of which two layers of attention alone see less than half
 
 Scored on fresh rows in which mqar and latest ask at the end, far from the answer. Trains what
 `recall.json` beside this file lacks and adds it there; prints the table. `--only NAME ...` for some
-memories, `--tasks NAME ...` for some tasks, `--seeds N` for other numbers of seeds.
+memories, `--tasks NAME ...` for some tasks, `--seeds N` for other numbers of seeds, `--times N` for
+N times as many steps, which are columns of their own.
 """
 
 import argparse
@@ -85,13 +86,15 @@ def read_results() -> dict:
 
 
 def table(results: dict) -> str:
-    lines = ["| memory | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
-    chances = [f"{task.chance:.2f}" for task in TASKS.values()]
+    longer = sorted({column for found in results.values() for column in found} - set(TASKS))
+    columns = [*TASKS, *longer]
+    lines = ["| memory | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    chances = [f"{TASKS[column.partition(',')[0]].chance:.2f}" for column in columns]
     lines.append("| chance | " + " | ".join(chances) + " |")
     for name in NAMES:
         found = results.get(name, {})
         cells = []
-        for task in TASKS:
+        for task in columns:
             values = list(found.get(task, {}).values())
             spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
@@ -104,18 +107,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--times", type=int, default=1)
     arguments = parser.parse_args()
     restart_with_fast_allocator()  # as the command line does
     enable_compilation_cache()
     for seed in range(arguments.seeds):
         for task in arguments.tasks:
+            steps = arguments.times * TASKS[task].steps
+            column = task if arguments.times == 1 else f"{task}, {steps} steps"
             for name in arguments.only:
-                if str(seed) not in read_results().get(name, {}).get(task, {}):
-                    accuracy = recall(name, TASKS[task], seed)
+                if str(seed) not in read_results().get(name, {}).get(column, {}):
+                    accuracy = recall(name, TASKS[task]._replace(steps=steps), seed)
                     results = read_results()  # others may have added to it
-                    results.setdefault(name, {}).setdefault(task, {})[str(seed)] = accuracy
+                    results.setdefault(name, {}).setdefault(column, {})[str(seed)] = accuracy
                     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-                    print(name, task, seed, accuracy, flush=True)
+                    print(name, column, seed, accuracy, flush=True)
     print(table(read_results()))
 
 

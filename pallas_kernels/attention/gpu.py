@@ -17,8 +17,8 @@ LEAST_TOKENS = 16
 def unfit(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     """Why the kernels cannot take a call."""
     for name, x in (("K", q), ("V", v)):
-        if x.shape[-1] not in SIZES:
-            return f"{name}={x.shape[-1]} must be one of {SIZES}"
+        if x.shape[-1] > SIZES[-1]:
+            return f"{name}={x.shape[-1]} is more than {SIZES[-1]}"
     if q.shape[1] < LEAST_TOKENS:
         return f"T={q.shape[1]} queries would leave most of a block of 64 empty"
     return dtype_unfit(q=q, k=k, v=v) or card_unfit()
@@ -27,9 +27,17 @@ def unfit(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
 def attention_gpu(
     rule: Rule, q_BTHK, k_BJGK, v_BJGV, slopes_H, sinks_H, queries: Places, keys: Places
 ) -> jax.Array:
-    """Same as the reference."""
+    """Same as the reference. Channels of zeros fill up K and V to the next of `SIZES`."""
+    value_size = v_BJGV.shape[-1]
+    q_BTHK, k_BJGK, v_BJGV = (_filled(x) for x in (q_BTHK, k_BJGK, v_BJGV))
     slopes_H, sinks_H = (None if x is None else x.astype(jnp.float32) for x in (slopes_H, sinks_H))
-    return _attention(rule, q_BTHK, k_BJGK, v_BJGV, slopes_H, sinks_H, queries, keys)[0]
+    o, _ = _attention(rule, q_BTHK, k_BJGK, v_BJGV, slopes_H, sinks_H, queries, keys)
+    return o[..., :value_size]
+
+
+def _filled(x: jax.Array) -> jax.Array:
+    size = next(n for n in SIZES if n >= x.shape[-1])
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

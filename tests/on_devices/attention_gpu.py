@@ -72,8 +72,8 @@ def test_documents_in_a_window_with_a_cache_grouped_heads_cap_and_sinks_without_
 
 
 def test_slopes_of_positions_in_any_order_in_both_directions():
-    """Of two blocks of keys the first is seen in full."""
-    args, d_o = draw(40, 200, 1, 1, 128, 64)
+    """Of two blocks of keys the first is seen in full. Keys fill up a tile, and so do values."""
+    args, d_o = draw(40, 200, 1, 1, 104, 40)
     args["bias"] = jnp.asarray([0.02])
     integers = np.random.default_rng(2).integers
     positions = tuple(jnp.asarray(integers(0, 90, (1, n))) for n in (40, 200))
