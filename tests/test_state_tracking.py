@@ -69,7 +69,7 @@ def test_a_key_written_twice_holds_the_last_value_in_a_delta_rule_and_their_sum_
 def test_a_linear_memory_of_4_channels_recalls_8_pairs_though_no_8_keys_are_orthogonal_in_it():
     """q . k is largest for the key asked: with values side by side, its value has the largest sum.
 
-    So a state of 4 by 16 is no limit for the recall that experiments/backbones trains.
+    So 4 by 16 is no limit for 8 pairs, where each value has a channel of its own.
     """
     rng = np.random.default_rng(0)
     keys_PK = rng.standard_normal((100, 8, 4))

@@ -9,9 +9,9 @@ mixer, no MLP, d = 64, embedding and output matrix apart. Rows of 64 symbols of 
 pairs until they are known (but at most for two thirds of all steps), then on 4 and on 16 pairs,
 half of the rows each, on which it is tested. Answers are one of 32 values: chance is 0.03, and a
 model that knows which values occurred, but not whose they are, is right 0.25 and 0.06 of the time.
-`mqar_wide` is asked of memories of about 2,000 numbers (`WIDE`), `mqar` of those of `VARIANTS`:
-where the size can be chosen, one head with keys of 4 and values of 16. `mqar_tied` is `mqar` with
-the output matrix tied to the embedding.
+`mqar_wide` is asked of memories of 1,000 numbers and more (`WIDE`), `mqar` of smaller ones, 64 to
+600: where the size can be chosen, one head with keys of 4 and values of 16.
+`mqar_tied` is `mqar` with the output matrix tied to the embedding.
 Parity: two blocks (mixer, SwiGLU), d = 64, trained on rows of 32 bits, tested at 32 and at 256,
 whose last quarter is scored by itself too; chance is 0.5. Delta rules have no convolution here.
 """
@@ -229,7 +229,7 @@ def table(results: dict, *probes: str) -> str:
     """The best of the learning rates and numbers of steps tried, by the last training loss."""
     names = ["mixer"]
     for probe in probes:
-        names += [f"{probe}: state, KiB", "rate", "steps", "loss", *PROBES[probe][0]]
+        names += [f"{probe}: state, KiB", "steps", "loss", *PROBES[probe][0]]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for variant in VARIANTS:
         shown = [variant]
@@ -237,10 +237,10 @@ def table(results: dict, *probes: str) -> str:
             tries, tests = results.get(variant, {}).get(probe, []), PROBES[probe][0]
             best = min(tries, key=lambda found: found["losses"][-1], default=None)
             if best is None:
-                shown += [""] * (4 + len(tests))
+                shown += [""] * (3 + len(tests))
                 continue
-            shown += [f"{best['state_bytes'] / 1024:.1f}", f"{best['learning_rate']:g}"]
-            shown += [str(TOGETHER * len(best["losses"])), f"{best['losses'][-1]:.2f}"]
+            shown += [f"{best['state_bytes'] / 1024:.1f}", str(TOGETHER * len(best["losses"]))]
+            shown += [f"{best['losses'][-1]:.2f}"]
             shown += [f"{best['accuracy'][test]:.3f}" for test in tests]
         if any(shown[1:]):
             lines.append("| " + " | ".join(shown) + " |")
