@@ -9,8 +9,9 @@ Short rows of symbols, of which two layers of attention alone see less than half
 
 Scored on fresh rows in which mqar and latest ask at the end, far from the answer. Trains what
 `recall.json` beside this file lacks and adds it there; prints the table. `--only NAME ...` for some
-memories, `--tasks NAME ...` for some tasks, `--seeds N` for other numbers of seeds, `--times N` for
-N times as many steps, which are columns of their own.
+memories, `--tasks NAME ...` for some tasks, `--seeds N` for other numbers of seeds; `--times N`, N
+times as many steps, `--learning-rate`, another than 5e-3, and `--untied`, an output matrix beside
+the embedding, make columns of their own.
 """
 
 import argparse
@@ -63,15 +64,16 @@ TASKS = {
     "latest": Recall(mqar(1, 3, 0.5), mqar(1, 3, 8.0), 8, 32, 64, 300, 1 / 4),
 }
 NAMES = list(make_models(16))
+LEARNING_RATE = 5e-3
 
 
-def recall(name: str, task: Recall, seed: int) -> float:
-    model = make_models(task.segment)[name]
+def recall(name: str, task: Recall, seed: int, learning_rate: float, tied: bool) -> float:
+    model = dataclasses.replace(make_models(task.segment)[name], tied=tied)
     data = Data(source="task", task=task.train, sequence=task.length, batch=task.batch, seed=seed)
     experiment = Experiment(
         model=with_convolutions(model) if task.convolutions else model,
         data=data,
-        optimizer=Optimizer(learning_rate=5e-3, warmup=50, weight_decay=0.0),
+        optimizer=Optimizer(learning_rate=learning_rate, warmup=50, weight_decay=0.0),
         train=Train(steps=task.steps, seed=seed, tensorboard=False, log_every=100),
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -108,16 +110,21 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--times", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--untied", action="store_true")
     arguments = parser.parse_args()
+    rate, tied = arguments.learning_rate, not arguments.untied
     restart_with_fast_allocator()  # as the command line does
     enable_compilation_cache()
     for seed in range(arguments.seeds):
         for task in arguments.tasks:
             steps = arguments.times * TASKS[task].steps
             column = task if arguments.times == 1 else f"{task}, {steps} steps"
+            column += "" if rate == LEARNING_RATE else f", rate {rate}"
+            column += ", untied" if arguments.untied else ""
             for name in arguments.only:
                 if str(seed) not in read_results().get(name, {}).get(column, {}):
-                    accuracy = recall(name, TASKS[task]._replace(steps=steps), seed)
+                    accuracy = recall(name, TASKS[task]._replace(steps=steps), seed, rate, tied)
                     results = read_results()  # others may have added to it
                     results.setdefault(name, {}).setdefault(column, {})[str(seed)] = accuracy
                     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
