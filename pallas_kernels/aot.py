@@ -67,6 +67,7 @@ SPILLS = {
     "delta_rule none K=128 bfloat16": 64,
     "delta_rule head K=128 bfloat16": 64,
     "delta_rule head K=128, 64 heads": 64,
+    "delta_rule head K=256": 152,
 }
 SERIALISED = ("delta_rule head K=256",)  # in the gradient of the solve, for want of registers
 Case = tuple[str, Callable[[dict], Any], dict[str, Any]]
