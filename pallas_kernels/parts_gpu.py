@@ -23,22 +23,28 @@ def size_unfit(q: jax.Array, v: jax.Array, most: int | None = None) -> str | Non
     return None
 
 
+def part_size(size: int, most: int = 128) -> int:
+    """Channels of a part: `most`, or a tile where that does not divide."""
+    return TILE if size % most else most
+
+
+def widened(x: jax.Array, *sizes: int) -> jax.Array:
+    """Zeros behind the last axes, up to these sizes."""
+    more = [size - length for size, length in zip(sizes, x.shape[-len(sizes) :], strict=True)]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - len(more)) + [(0, n) for n in more]) if any(more) else x
+
+
 def in_whole_tiles(run: Callable, q, k, v, log_decay, state_BHKV, *, sizes: tuple[int, ...] = ()):
     """`run(q, k, v, log_decay, state)` -> o, last state, with V of whole tiles, and K too, or the
     next of `sizes`."""
     key_size, value_size = q.shape[-1], v.shape[-1]
-    more_keys = next((n for n in sizes if n >= key_size), key_size + -key_size % TILE) - key_size
-    more_values = -value_size % TILE
-
-    def pad(x, *more):
-        if x is None or not any(more):
-            return x
-        return jnp.pad(x, [(0, 0)] * (x.ndim - len(more)) + [(0, n) for n in more])
-
+    keys = next((n for n in sizes if n >= key_size), key_size + -key_size % TILE)
+    values = value_size + -value_size % TILE
     if log_decay is not None and log_decay.ndim == 4:
-        log_decay = pad(log_decay, more_keys)
-    q, k, v = pad(q, more_keys), pad(k, more_keys), pad(v, more_values)
-    o, last = run(q, k, v, log_decay, pad(state_BHKV, more_keys, more_values))
+        log_decay = widened(log_decay, keys)
+    if state_BHKV is not None:
+        state_BHKV = widened(state_BHKV, keys, values)
+    o, last = run(widened(q, keys), widened(k, keys), widened(v, values), log_decay, state_BHKV)
     return o[..., :value_size], last[..., :key_size, :value_size]
 
 
@@ -48,7 +54,7 @@ def in_value_parts(run: Callable, by_head: tuple, v_BTHV: jax.Array, state_BHKV,
     Arrays of `by_head` have heads in their third axis, and are repeated; None stays None.
     """
     heads, value_size = v_BTHV.shape[2:]
-    parts = value_size // (TILE if value_size % most else most)
+    parts = value_size // part_size(value_size, most)
     if parts == 1:
         return run(*by_head, v_BTHV, state_BHKV)
     by_head = tuple(None if x is None else jnp.repeat(x, parts, axis=2) for x in by_head)

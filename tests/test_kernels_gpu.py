@@ -63,6 +63,21 @@ def outputs_and_gradients(op, args, reset, impl):
     return run(args)
 
 
+def compare(op, args, reset=None, *, races=False, parts=None):
+    """Interpreted, against the definition: outputs, and the gradient of each argument, whose error
+    may be 1% of its largest value, or what `parts` says of it."""
+    with dispatch.target("gpu", interpreter=compat.gpu_interpreter(detect_races=races)):
+        got, got_gradients = outputs_and_gradients(op, args, reset, "gpu")
+    want, want_gradients = outputs_and_gradients(op, args, reset, "reference")
+    assert got[0].dtype == jnp.bfloat16
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got[1]))
+    assert_near(got, want, 0.01)
+    for name, arg in args.items():
+        for gradient, x in zip(*map(jax.tree.leaves, (got_gradients[name], arg)), strict=True):
+            assert gradient.dtype == x.dtype and gradient.shape == x.shape
+        assert_near(got_gradients[name], want_gradients[name], (parts or {}).get(name, 0.01))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_interpreted_chunks_equal_the_token_loop_without_a_race(op, monkeypatch):
     """Three chunks; linear attention in two segments, one of two chunks and one of one.
@@ -72,14 +87,7 @@ def test_interpreted_chunks_equal_the_token_loop_without_a_race(op, monkeypatch)
     monkeypatch.setattr(linear_attention_gpu, "LEAST_CHUNKS", 2)
     args = draw(op, tokens=100, heads=1) if op == "channels" else draw(op)
     reset = jnp.zeros(args["q"].shape[:2], bool).at[0, jnp.asarray(RESETS)].set(True)
-    with dispatch.target("gpu", interpreter=compat.gpu_interpreter(detect_races=True)):
-        got, got_gradients = outputs_and_gradients(op, args, reset, "gpu")
-    want, want_gradients = outputs_and_gradients(op, args, reset, "reference")
-    assert got[0].dtype == jnp.bfloat16 and got[1].dtype == jnp.float32
-    assert_near(got, want, 0.01)
-    for name in args:
-        assert got_gradients[name].dtype == args[name].dtype
-        assert_near(got_gradients[name], want_gradients[name], 0.01)
+    compare(op, args, reset, races=True)
 
 
 def test_heads_that_share_keys_in_parts():
@@ -88,12 +96,7 @@ def test_heads_that_share_keys_in_parts():
     args = {n: jnp.asarray(normal((1, 40, *size)) / 8, jnp.bfloat16) for n, size in sizes.items()}
     args["log_decay"] = jnp.asarray(-np.exp(normal((1, 40, 2)) - 2), jnp.float32)
     args["initial_state"] = jnp.asarray(normal((1, 2, 192, 192)), jnp.float32)
-    with dispatch.target("gpu", interpreter=compat.gpu_interpreter()):
-        got, got_gradients = outputs_and_gradients("linear_attention", args, None, "gpu")
-    want, want_gradients = outputs_and_gradients("linear_attention", args, None, "reference")
-    assert_near(got, want, 0.01)
-    for name in args:
-        assert_near(got_gradients[name], want_gradients[name], 0.01)
+    compare("linear_attention", args)
 
 
 @pytest.mark.parametrize("capability, chosen", [("9.0", "gpu"), ("8.0", "xla"), ("10.0", "xla")])
@@ -119,12 +122,7 @@ def test_wide_keys_of_the_delta_rule():
     """Tiles of K = 256 leave room for 64 values: two parts here."""
     args = draw("delta_rule", size=256, tokens=70, heads=1)
     args |= {name: args[name][..., :128] for name in ("v", "initial_state")}
-    with dispatch.target("gpu", interpreter=compat.gpu_interpreter()):
-        got, got_gradients = outputs_and_gradients("delta_rule", args, None, "gpu")
-    want, want_gradients = outputs_and_gradients("delta_rule", args, None, "reference")
-    assert_near(got, want, 0.01)
-    for name in args:
-        assert_near(got_gradients[name], want_gradients[name], 0.01)
+    compare("delta_rule", args)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -132,13 +130,7 @@ def test_sizes_between_tiles(op):
     """Keys of 72 and values of 65 channels: a head, and the column that makes a normaliser."""
     args = draw(op, size=72, tokens=40, heads=1)
     args |= {name: args[name][..., :65] for name in ("v", "initial_state")}
-    with dispatch.target("gpu", interpreter=compat.gpu_interpreter()):
-        got, got_gradients = outputs_and_gradients(op, args, None, "gpu")
-    want, want_gradients = outputs_and_gradients(op, args, None, "reference")
-    assert_near(got, want, 0.01)
-    for name in args:
-        assert got_gradients[name].shape == args[name].shape
-        assert_near(got_gradients[name], want_gradients[name], 0.01)
+    compare(op, args)
 
 
 def test_interpreted_mlstm_equals_the_token_loop_and_its_gradients():
@@ -153,14 +145,7 @@ def test_interpreted_mlstm_equals_the_token_loop_and_its_gradients():
         jnp.asarray(np.abs(normal((1, HEADS))), jnp.float32),
     )
     reset = jnp.zeros((1, 100), bool).at[0, jnp.asarray(RESETS)].set(True)
-
-    with dispatch.target("gpu", interpreter=compat.gpu_interpreter()):
-        got, got_gradients = outputs_and_gradients("mlstm", args, reset, "gpu")
-    want, want_gradients = outputs_and_gradients("mlstm", args, reset, "reference")
-    assert_near(got, want, 0.01)
-    for name in args:
-        part = 0.04 if name in ("log_input", "log_forget") else 0.01
-        assert_near(got_gradients[name], want_gradients[name], part)
+    compare("mlstm", args, reset, parts={"log_input": 0.04, "log_forget": 0.04})
 
 
 @pytest.mark.parametrize("op", ["channels", "delta_rule"])

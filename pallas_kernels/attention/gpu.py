@@ -9,6 +9,7 @@ from pallas_kernels.attention import gpu_backward, gpu_forward
 from pallas_kernels.attention.gpu_blocks import flat, prepare
 from pallas_kernels.attention.rule import Places, Rule
 from pallas_kernels.attention.sinks import sink_gradients
+from pallas_kernels.parts_gpu import widened
 from pallas_kernels.warpgroup_gpu import SIZES, card_unfit, dtype_unfit
 
 LEAST_TOKENS = 16
@@ -36,8 +37,7 @@ def attention_gpu(
 
 
 def _filled(x: jax.Array) -> jax.Array:
-    size = next(n for n in SIZES if n >= x.shape[-1])
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])])
+    return widened(x, next(n for n in SIZES if n >= x.shape[-1]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

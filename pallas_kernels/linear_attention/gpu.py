@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, lanes
 from pallas_kernels.chunk_gates_gpu import decay_gradient, flat, gates_of, row_products
 from pallas_kernels.linear_attention.gpu_channels import attention_by_channel
-from pallas_kernels.parts_gpu import in_value_parts, in_whole_tiles, size_unfit
+from pallas_kernels.parts_gpu import in_value_parts, in_whole_tiles, part_size, size_unfit
 from pallas_kernels.walk_gpu import COLUMNS, Heads, walk
 from pallas_kernels.warpgroup_gpu import CHUNK, ENTER, SIZES, card_unfit, dtype_unfit
 
@@ -64,7 +64,7 @@ def unfit(q, k, v, log_decay, *, scale: float | None) -> str | None:
 
 def heads_in_parts(q, v) -> Heads:
     """Parts of 128 channels, or of 64."""
-    parts = (x.shape[3] // (64 if x.shape[3] % 128 else 128) for x in (q, v))
+    parts = (x.shape[3] // part_size(x.shape[3]) for x in (q, v))
     return Heads(v.shape[2], q.shape[2], *parts)
 
 

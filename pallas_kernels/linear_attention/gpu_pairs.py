@@ -84,7 +84,7 @@ def _write_ones(group: Warpgroup, tile: Any, mask: jax.Array) -> None:
     Parts of it are constants there, and the assembler of CUDA 13.0 gives the register of such a
     constant its value behind the first product that reads it.
     """
-    _write(group, tile, jnp.where(mask, 1.0, 0.0))
+    _write(group, tile, _ones(mask))
 
 
 def _of_level(group: Warpgroup, places: _Places, level: Any, q: Any, k: Any, parts: Any, tile: Any):
