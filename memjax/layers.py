@@ -18,6 +18,7 @@ from memjax.gathering import sum_to_parts
 from memjax.norms import unit_norm, unit_rms
 from pallas_kernels import context_parallel
 from pallas_kernels.once import once
+from pallas_kernels.sums import scaled
 
 PRODUCT = "product"
 
@@ -188,7 +189,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*lead size"]) -> Float[Array, "*lead size"]:
-        return (unit_rms(x, self.eps) * self.weight[...]).astype(x.dtype)
+        return scaled(unit_rms(x, self.eps), self.weight[...]).astype(x.dtype)
 
 
 def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -331,14 +332,14 @@ class ShortConv(nnx.Module):
 
     def _convolve(self, weight_WF, bias_F, tail_BMF, x_BTF, reset_BT):
         length, reach = x_BTF.shape[1], self.width - 1
-        weight = weight_WF.astype(x_BTF.dtype)
+        weight_WF = weight_WF.astype(x_BTF.dtype)
         padded_BJF = jnp.concatenate([tail_BMF.astype(x_BTF.dtype), x_BTF], 1)
-        y_BTF = weight[0] * x_BTF
+        y_BTF = scaled(x_BTF, weight_WF[0])
         if reach > 0:
             same_BTM = self._reaches(reset_BT, x_BTF.dtype)
         for lag in range(1, self.width):
             taps_BTF = padded_BJF[:, reach - lag : reach - lag + length]
-            y_BTF += weight[lag] * (same_BTM[:, :, lag - 1 : lag] * taps_BTF)
+            y_BTF += scaled(same_BTM[:, :, lag - 1 : lag] * taps_BTF, weight_WF[lag])
         if bias_F is not None:
             y_BTF += bias_F.astype(y_BTF.dtype)
         id_BJ = jnp.pad(document_ids(reset_BT), ((0, 0), (reach, 0)))

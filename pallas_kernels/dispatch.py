@@ -101,7 +101,7 @@ def _choose(op: str, platform: str, here: list[str], unfit: Unfit) -> str:
     chosen, why = "xla", ""
     for name in PREFERRED.get(platform, ()):
         if name in here:
-            reason = _partitioned() or (unfit[name]() if name in unfit else None)
+            reason = partitioned() or (unfit[name]() if name in unfit else None)
             if reason is None:
                 chosen, why = name, ""
                 break
@@ -112,8 +112,11 @@ def _choose(op: str, platform: str, here: list[str], unfit: Unfit) -> str:
     return chosen
 
 
-def _partitioned() -> str | None:
-    """Why a kernel cannot be in this program: the compiler would have to split it over devices."""
+def partitioned() -> str | None:
+    """Why a kernel cannot be in this program: the compiler would have to split it over devices.
+
+    None where it can.
+    """
     kinds = jax.sharding.get_abstract_mesh().axis_types
     if kinds and all(kind == AxisType.Manual for kind in kinds):
         return None

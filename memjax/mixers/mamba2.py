@@ -22,6 +22,7 @@ from memjax.mixers.base import (
 )
 from memjax.norms import unit_rms
 from memjax.ops import linear_attention
+from pallas_kernels.sums import scaled
 
 STEP_RANGE = (1e-3, 1e-1)
 STEP_FLOOR = 1e-4
@@ -129,7 +130,7 @@ class Mamba2Mixer(SequenceMixer):
         o_BTHV, memory_BHKV = linear_attention(
             q_BTF.reshape(*lanes, groups, -1),
             k_BTF.reshape(*lanes, groups, -1),
-            (step_BTH[..., None] * u_BTHV).astype(x_BTD.dtype),
+            scaled(u_BTHV, step_BTH[..., None]).astype(x_BTD.dtype),
             log_decay_BTH,
             state.memory_BHKV,
             reset_BT,
@@ -137,7 +138,7 @@ class Mamba2Mixer(SequenceMixer):
             chunk=self.config.chunk,
             impl=self.config.impl,
         )
-        o_BTHV = o_BTHV + self.skip[...][:, None].astype(x_BTD.dtype) * u_BTHV
+        o_BTHV = o_BTHV + scaled(u_BTHV, self.skip[...][:, None].astype(x_BTD.dtype))
         y_BTE = self._normalise(o_BTHV.reshape(u_BTE.shape) * jax.nn.silu(z_BTE))
         return Mamba2State(memory_BHKV, tail_BMF), self.out(y_BTE)
 
@@ -147,8 +148,8 @@ class Mamba2Mixer(SequenceMixer):
     def _normalise(self, x_BTE: jax.Array) -> jax.Array:
         """RMSNorm of each group of channels, statistics in float32."""
         x_BTGF = x_BTE.reshape(*x_BTE.shape[:2], self.config.groups, -1)
-        y_BTE = unit_rms(x_BTGF, NORM_EPS).reshape(x_BTE.shape) * self.norm[...]
-        return y_BTE.astype(x_BTE.dtype)
+        y_BTE = unit_rms(x_BTGF, NORM_EPS).reshape(x_BTE.shape)
+        return scaled(y_BTE, self.norm[...]).astype(x_BTE.dtype)
 
     def memory_report(self, segment: int = 1024, state: Mamba2State | None = None) -> MemoryReport:
         recurrence = 4.0 * self.config.state_size * self.inner

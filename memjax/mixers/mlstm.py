@@ -23,6 +23,7 @@ from memjax.norms import unit_rms
 from memjax.ops import mlstm
 from pallas_kernels import MLSTMMemory
 from pallas_kernels.once import once
+from pallas_kernels.sums import scaled
 
 FORGET_RANGE = (3.0, 6.0)
 INPUT_STD = 0.1
@@ -191,7 +192,7 @@ class MLSTMMixer(SequenceMixer):
             chunk=self.config.chunk,
             impl=self.config.impl,
         )
-        h_BTE = self._normalise(h_BTHV) + self.skip[...].astype(x_BTD.dtype) * c_BTE
+        h_BTE = self._normalise(h_BTHV) + scaled(c_BTE, self.skip[...].astype(x_BTD.dtype))
         return MLSTMState(memory, tail_BMF), self.down(h_BTE * jax.nn.silu(z_BTE))
 
     def _normalise(self, h_BTHV: jax.Array) -> jax.Array:
@@ -199,7 +200,8 @@ class MLSTMMixer(SequenceMixer):
         wide = h_BTHV.astype(jnp.float32)
         wide = wide - jnp.mean(wide, -1, keepdims=True)
         wide = unit_rms(wide, NORM_EPS)
-        return (wide.reshape(*wide.shape[:2], -1) * self.norm[...]).astype(h_BTHV.dtype)
+        wide = wide.reshape(*wide.shape[:2], -1)
+        return scaled(wide, self.norm[...]).astype(h_BTHV.dtype)
 
     def memory_report(self, segment: int = 1024, state: MLSTMState | None = None) -> MemoryReport:
         recurrence = 4.0 * self.config.heads * self.size * (self.size + 1)

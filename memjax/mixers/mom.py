@@ -21,6 +21,7 @@ from memjax.mixers.base import (
 from memjax.mixers.mom_gates import GATES
 from memjax.mixers.streams import Readout, Stream, split_heads
 from memjax.ops import delta_rule, linear_attention
+from pallas_kernels.sums import weighted_sum
 
 DELTA_RULES = ("gated_delta", "delta")
 
@@ -163,7 +164,8 @@ class MoMMixer(SequenceMixer):
             reset_BT,
         )
         o_BTMHV = o_BTHV.reshape(*x_BTD.shape[:2], count, heads, -1)
-        o_BTHV = jnp.sum(weight_BTM[..., None, None] * o_BTMHV, 2).astype(x_BTD.dtype)
+        o_BTHV = weighted_sum(o_BTMHV, weight_BTM[..., None, None], 2)
+        o_BTHV = o_BTHV.astype(x_BTD.dtype)
         state = MoMState(memory_BHKV, query_tail_BMF, key_tail_BMF, value_tail_BMF)
         return state, self.readout(o_BTHV, x_BTD)
 

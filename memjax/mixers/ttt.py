@@ -21,6 +21,7 @@ from memjax.norms import unit_rms
 from memjax.ops import ttt_linear, ttt_mlp
 from memjax.positions import Rotary, apply_position, positions
 from pallas_kernels.blocks import BlockState
+from pallas_kernels.sums import scaled
 from pallas_kernels.ttt import LinearMemory, MLPMemory, Norm, init_ttt
 
 Implementation = Literal["auto", "reference", "xla", "tpu", "gpu"]
@@ -156,7 +157,7 @@ class _Backbone(nnx.Module):
         o_BTD = o_BTHK.reshape(x_BTD.shape).astype(jnp.float32)
         o_BTD = o_BTD - jnp.mean(o_BTD, -1, keepdims=True)
         o_BTD = unit_rms(o_BTD, 1e-6)
-        o_BTD = o_BTD * self.post_scale[...] + self.post_shift[...]
+        o_BTD = scaled(o_BTD, self.post_scale[...]) + self.post_shift[...]
         return self.out(o_BTD.astype(x_BTD.dtype) * jax.nn.gelu(self.gate(x_BTD)))
 
     def tail(self, batch: int, d_model: int) -> jax.Array:

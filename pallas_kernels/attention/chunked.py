@@ -18,6 +18,7 @@ from pallas_kernels.attention.rule import Places, Rule
 from pallas_kernels.attention.sinks import add_sinks, sink_gradients
 from pallas_kernels.attention.tile import LOWEST, Tile, merge
 from pallas_kernels.products import accumulation_dtype
+from pallas_kernels.sums import sum_of_products
 
 
 def attention_chunked(
@@ -91,7 +92,7 @@ def _backward(rule, residuals, d_o_BGRTV):
     *inputs, sinks_GR, o_BGRTV, lse_BGRT1 = residuals
     q_BGRTK, slopes_GR = inputs[0], inputs[2]
     dtype = accumulation_dtype(o_BGRTV)
-    dot_BGRT1 = jnp.sum(d_o_BGRTV.astype(dtype) * o_BGRTV.astype(dtype), axis=-1, keepdims=True)
+    dot_BGRT1 = sum_of_products(d_o_BGRTV.astype(dtype), o_BGRTV.astype(dtype), -1)
     cotangent = (lse_BGRT1, dot_BGRT1, d_o_BGRTV)
     *cache, segment = _tiles(rule, *inputs)
     gradients = [rows.backward(*segment, *cotangent)]

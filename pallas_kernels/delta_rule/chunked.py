@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import chunks, products
+from pallas_kernels.sums import scaled, sum_of_products
 
 
 def delta_rule_chunked(q, k, v, beta, log_decay, initial_state, reset, *, scale, chunk):
@@ -27,11 +28,11 @@ def delta_rule_chunked(q, k, v, beta, log_decay, initial_state, reset, *, scale,
         state_BHKV = initial_state.astype(dtype)
 
     overlap_NBHCC = jnp.tril(chunks.decayed_products(k_NBHCK, k_NBHCK, decay), -1)
-    solve_NBHCC = unit_lower_inverse(overlap_NBHCC * beta_NBHC[..., :, None])
-    solve_NBHCC = solve_NBHCC * beta_NBHC[..., None, :]
-    reads_NBHCK = products.dot(solve_NBHCC, k_NBHCK * gates.enter_NBHCK)
+    solve_NBHCC = unit_lower_inverse(scaled(overlap_NBHCC, beta_NBHC[..., :, None]))
+    solve_NBHCC = scaled(solve_NBHCC, beta_NBHC[..., None, :])
+    reads_NBHCK = products.dot(solve_NBHCC, scaled(k_NBHCK, gates.enter_NBHCK))
     values_NBHCV = products.dot(solve_NBHCC, v_NBHCV.astype(dtype))
-    keys_NBHCK = k_NBHCK * gates.leave_NBHCK
+    keys_NBHCK = scaled(k_NBHCK, gates.leave_NBHCK)
     through_NBHK1 = jnp.broadcast_to(
         gates.through_NBHK1, (len(k_NBHCK), batch, heads, gates.through_NBHK1.shape[-2], 1)
     )
@@ -40,7 +41,7 @@ def delta_rule_chunked(q, k, v, beta, log_decay, initial_state, reset, *, scale,
     )
     scores_NBHCC = chunks.decayed_products(q_NBHCK, k_NBHCK, decay)
     o_NBHCV = products.dot(scores_NBHCC, written_NBHCV)
-    o_NBHCV = o_NBHCV + products.dot(q_NBHCK * gates.enter_NBHCK, entering_NBHKV)
+    o_NBHCV = o_NBHCV + products.dot(scaled(q_NBHCK, gates.enter_NBHCK), entering_NBHKV)
     return chunks.join_chunks((scale * o_NBHCV).astype(q.dtype), tokens), state_BHKV
 
 
@@ -122,9 +123,8 @@ def _states_backward(residuals, cotangents):
     d_state_BHKV, (d_next_NBHKV, d_written_NBHCV) = lax.scan(
         one_chunk, d_state_BHKV, xs, reverse=True
     )
-    d_through = jnp.sum(entering_NBHKV * d_next_NBHKV, axis=-1, keepdims=True)
-    if through_NBHK1.shape[-2] == 1:
-        d_through = jnp.sum(d_through, axis=-2, keepdims=True)
+    over = (-1,) if through_NBHK1.shape[-2] > 1 else (-2, -1)
+    d_through = sum_of_products(entering_NBHKV, d_next_NBHKV, *over)
     d_reads_NBHCK = -products.rows_dot_rows(d_written_NBHCV, entering_NBHKV)
     d_keys_NBHCK = products.rows_dot_rows(written_NBHCV, d_next_NBHKV)
     return d_reads_NBHCK, d_written_NBHCV, d_keys_NBHCK, d_through, d_state_BHKV

@@ -5,6 +5,7 @@ from jax import lax
 
 from pallas_kernels import chunks, products
 from pallas_kernels.linear_attention.grouped import linear_attention_grouped
+from pallas_kernels.sums import scaled
 
 
 def linear_attention_chunked(q, k, v, log_decay, initial_state, reset, *, scale, chunk):
@@ -25,10 +26,10 @@ def linear_attention_chunked(q, k, v, log_decay, initial_state, reset, *, scale,
         state_BHKV = initial_state.astype(dtype)
 
     scores_NBHCC = chunks.decayed_products(q_NBHCK, k_NBHCK, decay)
-    written_NBHCK = (k_NBHCK * gates.leave_NBHCK).astype(k.dtype)
+    written_NBHCK = scaled(k_NBHCK, gates.leave_NBHCK).astype(k.dtype)
     increment_NBHKV = products.columns_dot_columns(written_NBHCK, v_NBHCV)
     state_BHKV, entering_NBHKV = _states(state_BHKV, gates.through_NBHK1, increment_NBHKV)
-    read_NBHCK = (q_NBHCK * gates.enter_NBHCK).astype(q.dtype)
+    read_NBHCK = scaled(q_NBHCK, gates.enter_NBHCK).astype(q.dtype)
     o_NBHCV = products.dot(scores_NBHCC.astype(v.dtype), v_NBHCV)
     o_NBHCV = o_NBHCV + products.dot(read_NBHCK, entering_NBHKV.astype(q.dtype))
     return chunks.join_chunks((scale * o_NBHCV).astype(q.dtype), tokens), state_BHKV

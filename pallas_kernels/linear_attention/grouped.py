@@ -4,13 +4,12 @@ The products of queries and keys are made once a group, and all values of a grou
 written in one product: only the decays, and the products inside a chunk, are per head.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import chunks, products
+from pallas_kernels.sums import scaled, sum_of_products
 
 
 def linear_attention_grouped(q, k, v, log_decay, initial_state, reset, *, scale, chunk):
@@ -30,9 +29,8 @@ def linear_attention_grouped(q, k, v, log_decay, initial_state, reset, *, scale,
         initial_state = jnp.zeros((batch, heads, key_size, value_size), dtype)
     state_BGRKV = initial_state.astype(dtype).reshape(batch, groups, -1, key_size, value_size)
     state_BGKF = jnp.swapaxes(state_BGRKV, 2, 3).reshape(batch, groups, key_size, -1)
-    by_value = functools.partial(_by_value, heads=heads // groups, value_size=value_size)
 
-    written_NBGCF = (v_NBGCF * by_value(gates.leave_NBHCK)).astype(v.dtype)
+    written_NBGCF = _scale_values(v_NBGCF, gates.leave_NBHCK, heads // groups).astype(v.dtype)
     increment_NBGKF = products.columns_dot_columns(k_NBGCK, written_NBGCF)
     through_NBGR = jnp.broadcast_to(
         gates.through_NBHK1[..., 0, 0], (*k_NBGCK.shape[:3], heads // groups)
@@ -43,7 +41,9 @@ def linear_attention_grouped(q, k, v, log_decay, initial_state, reset, *, scale,
     scores_NBGRCC = chunks.decayed_products(q_NBGCK[:, :, :, None], k_NBGCK[:, :, :, None], decay)
     v_NBGCRV = v_NBGCF.reshape(*v_NBGCF.shape[:4], -1, value_size)
     inside_NBGCRV = _weigh(scores_NBGRCC.astype(v.dtype), v_NBGCRV)
-    o_NBGCF = read_NBGCF * by_value(gates.enter_NBHCK) + inside_NBGCRV.reshape(v_NBGCF.shape)
+    o_NBGCF = _scale_values(read_NBGCF, gates.enter_NBHCK, heads // groups) + inside_NBGCRV.reshape(
+        v_NBGCF.shape
+    )
     o_BTGF = chunks.join_chunks((scale * o_NBGCF).astype(q.dtype), tokens)
     state_BGKRV = state_BGKF.reshape(batch, groups, key_size, -1, value_size)
     state_BHKV = jnp.swapaxes(state_BGKRV, 2, 3).reshape(batch, heads, key_size, value_size)
@@ -63,11 +63,10 @@ def _by_group(decay: chunks.ChunkDecay, groups: int) -> chunks.ChunkDecay:
     )
 
 
-def _by_value(gate_NBGRC1: jax.Array, *, heads: int, value_size: int) -> jax.Array:
-    """The gate of every head, once for each of its values: `[N, B, G, C, F]`."""
-    gate_NBGCR = jnp.swapaxes(gate_NBGRC1[..., 0], -1, -2)
-    gate_NBGCR = jnp.broadcast_to(gate_NBGCR, (*gate_NBGCR.shape[:-1], heads))
-    return jnp.repeat(gate_NBGCR, value_size, -1)
+def _scale_values(x_NBGCF: jax.Array, gate_NBGRC1: jax.Array, heads: int) -> jax.Array:
+    """The values of each head times its gate (one that all share, if R is 1)."""
+    x_NBGCRV = x_NBGCF.reshape(*x_NBGCF.shape[:-1], heads, -1)
+    return scaled(x_NBGCRV, jnp.swapaxes(gate_NBGRC1, -2, -3)).reshape(x_NBGCF.shape)
 
 
 def _weigh(scores_NBGRCC: jax.Array, v_NBGCRV: jax.Array) -> jax.Array:
@@ -117,8 +116,10 @@ def _states_backward(residuals, cotangents):
         one_chunk, d_state_BGKF, (through_NBGR, d_entering_NBGKF), reverse=True
     )
     shape = (*entering_NBGKF.shape[:-1], through_NBGR.shape[-1], -1)
-    d_through_NBGKR = jnp.sum((entering_NBGKF * d_next_NBGKF).reshape(shape), -1)
-    return d_state_BGKF, jnp.sum(d_through_NBGKR, -2), d_next_NBGKF
+    d_through_NBGKR1 = sum_of_products(
+        entering_NBGKF.reshape(shape), d_next_NBGKF.reshape(shape), -1
+    )
+    return d_state_BGKF, jnp.sum(d_through_NBGKR1[..., 0], -2), d_next_NBGKF
 
 
 _states.defvjp(_states_forward, _states_backward)

@@ -8,6 +8,7 @@ from jax import lax
 
 from pallas_kernels import chunks, products
 from pallas_kernels.mlstm.reference import LEAST_DIVISOR
+from pallas_kernels.sums import scaled, weighted_sum
 
 
 def mlstm_chunked(q, k, v, log_input, log_forget, state, reset, *, scale, chunk):
@@ -18,7 +19,7 @@ def mlstm_chunked(q, k, v, log_input, log_forget, state, reset, *, scale, chunk)
     weights, level_BH = _weigh(log_forget, log_input, level, reset, length)
     q_NBHCK, k_NBHCK, v_NBHCV = (chunks.split_chunks(x, length) for x in (q, k, v))
 
-    kept_NBHCK = k_NBHCK * weights.inside_NBHCC[..., -1, :, None]
+    kept_NBHCK = scaled(k_NBHCK, weights.inside_NBHCC[..., -1, :, None])
     written_NBHKV = products.columns_dot_columns(kept_NBHCK.astype(k.dtype), v_NBHCV)
     increments = (written_NBHKV, jnp.sum(kept_NBHCK, -2))
     through_NBH = weights.enter_NBHC[..., -1]
@@ -26,12 +27,13 @@ def mlstm_chunked(q, k, v, log_input, log_forget, state, reset, *, scale, chunk)
     entering_NBHKV, entering_NBHK = entering
 
     scores_NBHCC = products.rows_dot_rows(q_NBHCK, k_NBHCK) * weights.inside_NBHCC
-    read_NBHCK = q_NBHCK * weights.enter_NBHC[..., None]
+    read_NBHCK = scaled(q_NBHCK, weights.enter_NBHC[..., None])
     h_NBHCV = products.dot(scores_NBHCC.astype(v.dtype), v_NBHCV)
     h_NBHCV = h_NBHCV + products.dot(read_NBHCK.astype(q.dtype), entering_NBHKV.astype(q.dtype))
-    norm_NBHC = jnp.sum(scores_NBHCC, -1) + jnp.sum(read_NBHCK * entering_NBHK[:, :, :, None], -1)
+    norm_NBHC = jnp.sum(scores_NBHCC, -1)
+    norm_NBHC = norm_NBHC + weighted_sum(read_NBHCK, entering_NBHK[:, :, :, None], -1)
     divisor_NBHC = jnp.maximum(jnp.abs(scale * norm_NBHC), weights.least_NBHC)
-    h_NBHCV = h_NBHCV * (scale / divisor_NBHC)[..., None]
+    h_NBHCV = scaled(h_NBHCV, (scale / divisor_NBHC)[..., None])
     return chunks.join_chunks(h_NBHCV.astype(q.dtype), tokens), (*state, level_BH)
 
 
