@@ -134,9 +134,10 @@ def test_sizes_between_tiles(op):
 
 
 def test_interpreted_mlstm_equals_the_token_loop_and_its_gradients():
-    """Two chunks. Gradients of gates are sums of products with rounded d k and d v: 2% here."""
+    """Two chunks. Keys are long, so that divisors are small differences of large terms."""
     args = draw("linear_attention", tokens=100)
     normal = np.random.default_rng(2).standard_normal
+    args["k"] = jnp.asarray(normal(args["k"].shape), jnp.bfloat16)
     args["log_forget"] = args.pop("log_decay")
     args["log_input"] = jnp.asarray(3 * normal((1, 100, HEADS)), jnp.float32)
     args["initial_state"] = MLSTMMemory(
@@ -145,7 +146,7 @@ def test_interpreted_mlstm_equals_the_token_loop_and_its_gradients():
         jnp.asarray(np.abs(normal((1, HEADS))), jnp.float32),
     )
     reset = jnp.zeros((1, 100), bool).at[0, jnp.asarray(RESETS)].set(True)
-    compare("mlstm", args, reset, parts={"log_input": 0.04, "log_forget": 0.04})
+    compare("mlstm", args, reset)
 
 
 @pytest.mark.parametrize("op", ["channels", "delta_rule"])

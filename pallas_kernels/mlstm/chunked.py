@@ -16,7 +16,7 @@ def mlstm_chunked(q, k, v, log_input, log_forget, state, reset, *, scale, chunk)
     tokens = q.shape[1]
     memory, normaliser, level = state
     length = chunks.chunk_length(chunk, tokens)
-    weights, level_BH = _weigh(log_forget, log_input, level, reset, length)
+    weights = weigh(log_forget, log_input, level, reset, length)
     q_NBHCK, k_NBHCK, v_NBHCV = (chunks.split_chunks(x, length) for x in (q, k, v))
 
     kept_NBHCK = scaled(k_NBHCK, weights.inside_NBHCC[..., -1, :, None])
@@ -34,6 +34,7 @@ def mlstm_chunked(q, k, v, log_input, log_forget, state, reset, *, scale, chunk)
     norm_NBHC = norm_NBHC + weighted_sum(read_NBHCK, entering_NBHK[:, :, :, None], -1)
     divisor_NBHC = jnp.maximum(jnp.abs(scale * norm_NBHC), weights.least_NBHC)
     h_NBHCV = scaled(h_NBHCV, (scale / divisor_NBHC)[..., None])
+    level_BH = weights.level_NBHC[-1, ..., -1]
     return chunks.join_chunks(h_NBHCV.astype(q.dtype), tokens), (*state, level_BH)
 
 
@@ -43,11 +44,12 @@ class Weights(NamedTuple):
 
     inside_NBHCC: jax.Array  # the write of token j, as token i reads it
     enter_NBHC: jax.Array  # the entering state, as token i reads it
+    level_NBHC: jax.Array  # behind the last token as there
     least_NBHC: jax.Array  # the least divisor
 
 
-def _weigh(log_forget, log_input, level_BH, reset, length):
-    """The weights, and the level after the last token: the largest exponent that meets there."""
+def weigh(log_forget, log_input, level_BH, reset, length) -> Weights:
+    """The weights; a level is the largest exponent that meets at a token."""
     decay = chunks.chunk_decay(log_forget, reset, log_input.shape[1], length, level_BH.dtype)
     coarse_NBHC, fine_NBHC = decay.coarse_NBHCK[..., 0], decay.fine_NBHCK[..., 0]
     document_NB1C = decay.document_NB1C
@@ -62,22 +64,22 @@ def _weigh(log_forget, log_input, level_BH, reset, length):
     own_NBHC = lax.stop_gradient(jnp.maximum(largest_NBHC, 0))
     kept_NBHC = lax.stop_gradient(reach_NBHC)
 
-    def one_chunk(level_BH, own_and_kept):
-        own_BH, kept_BH = own_and_kept
-        return jnp.maximum(kept_BH + level_BH, own_BH), level_BH
+    def follow(first, second):  # sums and maxima, so associative
+        return first[0] + second[0], jnp.maximum(second[0] + first[1], second[1])
 
-    start_BH = lax.stop_gradient(level_BH)
-    last_BH, before_NBH = lax.scan(one_chunk, start_BH, (own_NBHC[..., -1], kept_NBHC[..., -1]))
-    level_NBHC = jnp.maximum(own_NBHC, kept_NBHC + before_NBH[..., None])
+    chunk_ends = (kept_NBHC[..., -1], own_NBHC[..., -1])
+    kept_NBH, own_NBH = lax.associative_scan(follow, chunk_ends)
+    after_NBH = jnp.maximum(kept_NBH + lax.stop_gradient(level_BH), own_NBH)
     # The initial level is an argument and has a gradient; the later ones are a choice.
-    before_NBH = jnp.concatenate([level_BH[None], before_NBH[1:]])
+    before_NBH = jnp.concatenate([level_BH[None], after_NBH[:-1]])
+    level_NBHC = jnp.maximum(own_NBHC, kept_NBHC + lax.stop_gradient(before_NBH)[..., None])
     exponent_NBHCC = gap_NBHCC + (write_NBH1C - level_NBHC[..., None])
-    weights = Weights(
+    return Weights(
         jnp.exp(jnp.where(visible, exponent_NBHCC, -jnp.inf)),
         jnp.exp(reach_NBHC + (before_NBH[..., None] - level_NBHC)),
+        level_NBHC,
         jnp.maximum(jnp.exp(-level_NBHC), LEAST_DIVISOR),
     )
-    return weights, last_BH
 
 
 def _differences(sums_NBHC: jax.Array) -> jax.Array:

@@ -9,11 +9,10 @@ from pallas_kernels.mlstm.levels import mlstm_by
 def mlstm_gpu(q, k, v, log_input, log_forget, state, reset, *, scale, chunk):
     """Same as the reference; see `pallas_kernels.mlstm` for shapes.
 
-    The divisor of a read is rounded to bfloat16, as what is read. Chunks are of 64 tokens, whatever
-    `chunk` is.
+    Chunks are of 64 tokens, whatever `chunk` is.
     """
     run = partial(gpu.linear_attention_gpu, scale=scale, chunk=chunk)
-    return mlstm_by(run, q, k, v, log_input, log_forget, state, reset)
+    return mlstm_by(run, q, k, v, log_input, log_forget, state, reset, scale=scale)
 
 
 def unfit(q, k, v, *, scale: float | None) -> str | None:

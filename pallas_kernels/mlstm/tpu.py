@@ -11,4 +11,4 @@ __all__ = ["mlstm_tpu", "unfit"]
 def mlstm_tpu(q, k, v, log_input, log_forget, state, reset, *, scale, chunk):
     """Same as the reference; see `pallas_kernels.mlstm` for shapes."""
     run = partial(linear_attention_tpu, scale=scale, chunk=chunk)
-    return mlstm_by(run, q, k, v, log_input, log_forget, state, reset)
+    return mlstm_by(run, q, k, v, log_input, log_forget, state, reset, scale=scale)
