@@ -39,6 +39,7 @@ NAMES = (
     "linear_attention",
     "linear_attention.channel",
     "delta_rule",
+    "mlstm",
     "attention",
     "attention.documents",
 )
@@ -137,7 +138,7 @@ def work(shape: Shape) -> tuple[tuple[float, float], tuple[float, float]]:
         length = shape.tokens / (DOCUMENTS if shape.op.endswith(".documents") else 1)
         flops, more, tensors = tokens * 2.0 * shape.size * length, 3.5, 12.0
     else:
-        products = {"linear_attention": 2, "delta_rule": 3}[shape.base]
+        products = {"linear_attention": 2, "delta_rule": 3, "mlstm": 2}[shape.base]
         flops, more, tensors = tokens * products * 2.0 * shape.size**2, 3.0, 11.0
     decays = 4.0 * tokens * shape.size if shape.op.endswith(".channel") else 0.0
     return (flops, 4.0 * tensor + decays), (more * flops, tensors * tensor + 3.0 * decays)

@@ -53,6 +53,7 @@ def weigh(log_forget, log_input, level_BH, reset, length) -> Weights:
     decay = chunks.chunk_decay(log_forget, reset, log_input.shape[1], length, level_BH.dtype)
     coarse_NBHC, fine_NBHC = decay.coarse_NBHCK[..., 0], decay.fine_NBHCK[..., 0]
     document_NB1C = decay.document_NB1C
+    assert document_NB1C is not None  # there is an array of resets
     # Behind the last token log_input is 0 and k is 0: the level, at least 0, stays as it is.
     write_NBH1C = chunks.split_chunks(log_input, length)[..., None, :]
     gap_NBHCC = _differences(coarse_NBHC) + _differences(fine_NBHC)
