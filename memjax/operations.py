@@ -1,9 +1,10 @@
 """The operations that a traced program executes in products of matrices.
 
 A product of [M, N] and [N, K] takes 2 M N K operations, and a triangular solution half as many. A
-loop counts as often as it turns, a condition for the branch that it takes. What they depend on is
-evaluated, and nothing else: inputs whose values decide are given, of the others shapes are enough.
-So a count needs no compilation and none of the large arrays.
+product of vectors, or a batch of them, counts nothing, as no other sum does. A loop counts as often
+as it turns, a condition for the branch that it takes. What they depend on is evaluated, and nothing
+else: inputs whose values decide are given, of the others shapes are enough. So a count needs no
+compilation and none of the large arrays.
 """
 
 import contextlib
@@ -223,9 +224,11 @@ def _counter(params: dict) -> Any:
 def _own(eqn: Any) -> float:
     """The operations of a product."""
     if eqn.primitive.name == "dot_general":
-        (contract, _), _ = eqn.params["dimension_numbers"]
-        depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)
-        return 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
+        (contract, _), (batch, _) = eqn.params["dimension_numbers"]
+        shape, result = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+        if len(result) == len(batch):  # a sum of products of entries, as it could be written too
+            return 0.0
+        return 2.0 * math.prod(shape[axis] for axis in contract) * math.prod(result)
     if eqn.primitive.name == "triangular_solve":
         return 1.0 * eqn.invars[0].aval.shape[-1] * math.prod(eqn.outvars[0].aval.shape)
     return 0.0
