@@ -63,9 +63,9 @@ def outputs_and_gradients(op, args, reset, impl):
     return run(args)
 
 
-def compare(op, args, reset=None, *, races=False, parts=None):
+def compare(op, args, reset=None, *, races=False):
     """Interpreted, against the definition: outputs, and the gradient of each argument, whose error
-    may be 1% of its largest value, or what `parts` says of it."""
+    may be 1% of its largest value."""
     with dispatch.target("gpu", interpreter=compat.gpu_interpreter(detect_races=races)):
         got, got_gradients = outputs_and_gradients(op, args, reset, "gpu")
     want, want_gradients = outputs_and_gradients(op, args, reset, "reference")
@@ -75,7 +75,7 @@ def compare(op, args, reset=None, *, races=False, parts=None):
     for name, arg in args.items():
         for gradient, x in zip(*map(jax.tree.leaves, (got_gradients[name], arg)), strict=True):
             assert gradient.dtype == x.dtype and gradient.shape == x.shape
-        assert_near(got_gradients[name], want_gradients[name], (parts or {}).get(name, 0.01))
+        assert_near(got_gradients[name], want_gradients[name], 0.01)
 
 
 @pytest.mark.parametrize("op", OPS)

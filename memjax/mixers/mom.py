@@ -164,8 +164,7 @@ class MoMMixer(SequenceMixer):
             reset_BT,
         )
         o_BTMHV = o_BTHV.reshape(*x_BTD.shape[:2], count, heads, -1)
-        o_BTHV = weighted_sum(o_BTMHV, weight_BTM[..., None, None], 2)
-        o_BTHV = o_BTHV.astype(x_BTD.dtype)
+        o_BTHV = weighted_sum(o_BTMHV, weight_BTM[..., None, None], 2).astype(x_BTD.dtype)
         state = MoMState(memory_BHKV, query_tail_BMF, key_tail_BMF, value_tail_BMF)
         return state, self.readout(o_BTHV, x_BTD)
 

@@ -41,9 +41,8 @@ def linear_attention_grouped(q, k, v, log_decay, initial_state, reset, *, scale,
     scores_NBGRCC = chunks.decayed_products(q_NBGCK[:, :, :, None], k_NBGCK[:, :, :, None], decay)
     v_NBGCRV = v_NBGCF.reshape(*v_NBGCF.shape[:4], -1, value_size)
     inside_NBGCRV = _weigh(scores_NBGRCC.astype(v.dtype), v_NBGCRV)
-    o_NBGCF = _scale_values(read_NBGCF, gates.enter_NBHCK, heads // groups) + inside_NBGCRV.reshape(
-        v_NBGCF.shape
-    )
+    o_NBGCF = _scale_values(read_NBGCF, gates.enter_NBHCK, heads // groups)
+    o_NBGCF = o_NBGCF + inside_NBGCRV.reshape(v_NBGCF.shape)
     o_BTGF = chunks.join_chunks((scale * o_NBGCF).astype(q.dtype), tokens)
     state_BGKRV = state_BGKF.reshape(batch, groups, key_size, -1, value_size)
     state_BHKV = jnp.swapaxes(state_BGKRV, 2, 3).reshape(batch, heads, key_size, value_size)

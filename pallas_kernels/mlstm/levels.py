@@ -55,7 +55,7 @@ def _read_normaliser(q, k, weights: Weights, normaliser_BHK) -> tuple[jax.Array,
         "...ik,...jk->...ij",
         q_NBHCK,
         k_NBHCK,
-        precision=lax.Precision.HIGHEST,
+        precision=lax.Precision.HIGHEST,  # a TPU would round float32 too
         preferred_element_type=normaliser_BHK.dtype,
     )
     counted_NBHK = weighted_sum(k_NBHCK, weights.inside_NBHCC[..., -1, :, None], -2)
